@@ -1,0 +1,39 @@
+"""Every bound of the protocol in one place (I5). Sizes in bytes, times in seconds, counts without a unit."""
+
+PROTOCOL_VERSION = 1
+
+# Fixed point: an anchor, a contribution's level and an update's level are all int32 in units of 2**-20.
+FRACTION_BITS = 20
+LEVEL_MAX = (1 << 24) - 1  # one level stays below 16.0, so float32 holds it exactly
+ANCHOR_MAX = 1 << 30  # an anchor stays below 1024.0; an update that would pass it is refused
+
+# Messages. hivemind's unary calls stop working at 4 MiB, so everything bulky goes in chunks.
+MESSAGE_BYTES_MAX = 1 << 20
+CHUNK_BYTES_MAX = 1 << 18
+BLOB_BYTES_MAX = 1 << 30
+MANIFEST_BYTES_MAX = 1 << 16
+
+# Codec
+TILE_SIDE = 64
+TILE_SIZE_MAX = TILE_SIDE * TILE_SIDE
+FRAGMENT_TILES_MAX = 1 << 18
+RICE_PARAMETER_MAX = 15
+MAGNITUDE_BITS_MAX = 4
+
+# Swarm
+COMMITTEE_SIZE = 3
+ROSTER_PEERS_MAX = 4096
+CONTRIBUTIONS_PER_SLOT_MAX = 512
+RECENT_CERTIFICATES_MAX = 4096
+FRAGMENTS_MAX = 4096
+WEIGHT_MAX = 1 << 20  # tokens, in units of the manifest's weight quantum
+CLIP_ONE = 1 << 16  # a clip factor is a 16-bit fraction; CLIP_ONE means not clipped
+REPLAY_WINDOW = 1024  # sequence numbers remembered per peer
+ADDRESSES_MAX = 8
+ADDRESS_BYTES_MAX = 256
+
+# Slots: how long things matter, in slots
+ROSTER_LIVE_SLOTS = 4  # a peer is live if it was heard within this many slots
+ROSTER_FORGET_SLOTS = 4096  # a peer not heard for this long is forgotten
+PROPOSAL_OPEN_SLOTS = 2  # a slot without a certificate this long after its end stays without
+CLOSE_FRACTION = 0.5  # of a slot: the owner merges what it has at this point
