@@ -1,0 +1,327 @@
+"""The contribution codec: top-k per tile, few-bit levels in int32 fixed point, Rice-coded index gaps.
+
+One format serves both ways: peers send `encode_topk(residual)` up, owners send the merged update down. A payload is a
+function of integers only, so no NaN can be expressed, and its decoder accepts exactly one length.
+
+    u8  format (1)      u8  magnitude bits m     u8  Rice parameter r     u8  flags (bit 0: per-tile counts follow)
+    u32 values n
+    [u16 count of each tile]                     absent when every tile holds exactly its k values
+    u16 level[tiles with values][2**m]           a 16-bit float without sign: 5 bits exponent, 11 bits mantissa
+    unary part of all n gaps                     q zeros and a one each, padded with zeros to a byte
+    n x r bits                                   low part of the gaps
+    n x (1 + m) bits                             sign, then the index of the level
+
+Three separate bit streams instead of one interleaved stream let numpy code all values at once. Gaps between increasing
+positions make duplicates and disorder impossible to write down. After SparseLoCo (2-bit top-k, templar's compress.py) and
+Golomb-Rice coding of the gaps (Sattler et al. 2019, Sparse Binary Compression).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from braniac.protocol import limits
+from braniac.protocol.errors import Refusal, WireError
+
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+
+_HEADER = struct.Struct("<BBBBI")
+_FORMAT = 1
+_HAS_COUNTS = 1
+_MANTISSA_BITS = 11
+_MANTISSA_MAX = (1 << _MANTISSA_BITS) - 1
+_EXPONENT_MAX = limits.FRACTION_BITS + 4 - _MANTISSA_BITS  # the largest level stays below LEVEL_MAX
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """How a fragment's flat vector is cut into tiles: runs of (values per tile, number of such tiles)."""
+
+    groups: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        assert self.groups and all(0 < s <= limits.TILE_SIZE_MAX and c > 0 for s, c in self.groups)
+        assert self.tiles <= limits.FRAGMENT_TILES_MAX
+
+    @property
+    def tiles(self) -> int:
+        return sum(count for _, count in self.groups)
+
+    @property
+    def size(self) -> int:
+        """Values in the fragment."""
+        return sum(size * count for size, count in self.groups)
+
+    def tile_sizes(self) -> Int64Array:
+        """[tiles] values in each tile."""
+        sizes, counts = zip(*self.groups, strict=True)
+        return np.repeat(np.asarray(sizes, np.int64), counts)
+
+    def tile_starts(self) -> Int64Array:
+        """[tiles] position of each tile's first value in the flat vector."""
+        sizes = self.tile_sizes()
+        return np.cumsum(sizes) - sizes
+
+    def capacity(self, per_tile: int) -> Int64Array:
+        """[tiles] the most values a tile may carry at `per_tile` of 4096, in proportion for smaller tiles, at least 1."""
+        sizes = self.tile_sizes()
+        return np.clip(-(-sizes * per_tile // limits.TILE_SIZE_MAX), 1, sizes)
+
+
+@dataclass(frozen=True)
+class CodecRules:
+    """Which payloads are legal in one direction."""
+
+    per_tile: int
+    """Values kept of a 4096-value tile."""
+    magnitude_bits: int
+    """log2 of the number of magnitudes a tile may use; a value costs one bit more, for its sign."""
+
+    def __post_init__(self) -> None:
+        assert 0 < self.per_tile <= limits.TILE_SIZE_MAX
+        assert 0 < self.magnitude_bits <= limits.MAGNITUDE_BITS_MAX
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A fragment with few non-zero values: strictly increasing `positions` and non-zero fixed-point `values`, both [n]."""
+
+    positions: Int64Array
+    values: Int32Array
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def dense(self, size: int) -> Int64Array:
+        """[size] int64 with zeros elsewhere."""
+        out = np.zeros(size, np.int64)
+        out[self.positions] = self.values
+        return out
+
+
+EMPTY = Sparse(np.zeros(0, np.int64), np.zeros(0, np.int32))
+
+
+def select_topk(layout: TileLayout, vector: NDArray[np.integer], per_tile: int) -> Sparse:
+    """The largest values of each tile of `vector` [size]; of equal magnitudes the earlier position wins."""
+    assert vector.shape == (layout.size,)
+    found, start = [], 0
+    for size, count in layout.groups:
+        block = vector[start : start + size * count].reshape(count, size).astype(np.int64)
+        keep = min(size, max(1, -(-size * per_tile // limits.TILE_SIZE_MAX)))
+        # Magnitude and position in one integer: every key differs, so the selection has one answer on every machine.
+        keys = np.abs(block) * size + np.arange(size - 1, -1, -1)
+        columns = np.argpartition(keys, size - keep, axis=1)[:, size - keep :]
+        columns.sort(axis=1)
+        found.append((start + np.arange(count)[:, None] * size + columns).reshape(-1))
+        start += size * count
+    positions = np.concatenate(found)
+    values = np.clip(vector[positions].astype(np.int64), -limits.LEVEL_MAX, limits.LEVEL_MAX).astype(np.int32)
+    some = values != 0
+    return Sparse(positions[some], values[some])
+
+
+def encode_topk(layout: TileLayout, rules: CodecRules, vector: NDArray[np.integer]) -> tuple[bytes, Sparse]:
+    """Compress `vector` [size]: the payload, and exactly what a receiver decodes from it."""
+    return encode(layout, rules, select_topk(layout, vector, rules.per_tile))
+
+
+def encode(layout: TileLayout, rules: CodecRules, chosen: Sparse) -> tuple[bytes, Sparse]:
+    """Quantise and pack `chosen`, which must respect the capacity of each tile."""
+    m, n = rules.magnitude_bits, len(chosen)
+    starts = layout.tile_starts()
+    tile = np.searchsorted(starts, chosen.positions, side="right") - 1
+    counts = np.bincount(tile, minlength=layout.tiles)
+    assert np.all(counts <= layout.capacity(rules.per_tile)), "more values in a tile than its capacity"
+    used = np.flatnonzero(counts)
+    slot_of_tile = np.cumsum(counts > 0) - 1  # row of the tile's levels in the table
+    row = slot_of_tile[tile]
+    magnitude = np.abs(chosen.values.astype(np.int64))
+    code, levels = _quantise(row, magnitude, len(used), m)
+    gaps = _gaps(chosen.positions - starts[tile], tile)
+    rice = _best_rice(gaps)
+
+    full = bool(np.array_equal(counts, layout.capacity(rules.per_tile)))
+    parts = [_HEADER.pack(_FORMAT, m, rice, 0 if full else _HAS_COUNTS, n)]
+    if not full:
+        parts.append(counts.astype("<u2").tobytes())
+    parts.append(levels.astype("<u2").tobytes())
+    parts.append(_pack_unary(gaps >> rice))
+    parts.append(_pack_bits(gaps & ((1 << rice) - 1), rice))
+    negative = (chosen.values < 0).astype(np.int64)
+    parts.append(_pack_bits((negative << m) | code, 1 + m))
+    values = _level_values(levels)[row, code] * np.where(negative, -1, 1)
+    return b"".join(parts), Sparse(chosen.positions, values.astype(np.int32))
+
+
+def decode(layout: TileLayout, rules: CodecRules, payload: bytes | memoryview) -> Sparse:
+    """Inverse of `encode`. Raises WireError on anything but a payload that `encode` could have written for this layout."""
+    data = memoryview(payload)
+    if len(data) < _HEADER.size:
+        raise WireError(Refusal.WRONG_SHAPE, f"a payload of {len(data)} bytes has no header")
+    kind, m, rice, flags, n = _HEADER.unpack_from(data)
+    if kind != _FORMAT or m != rules.magnitude_bits or rice > limits.RICE_PARAMETER_MAX or flags & ~_HAS_COUNTS:
+        raise WireError(Refusal.WRONG_SHAPE, "a payload header of another format")
+    capacity = layout.capacity(rules.per_tile)
+    if n > int(capacity.sum()):
+        raise WireError(Refusal.WRONG_SHAPE, f"{n} values do not fit the fragment")
+    at = _HEADER.size
+    counts = capacity
+    if flags & _HAS_COUNTS:
+        raw = _take(data, at, 2 * layout.tiles)
+        at += len(raw)
+        counts = np.frombuffer(raw, "<u2").astype(np.int64)
+        if np.any(counts > capacity) or np.array_equal(counts, capacity):
+            raise WireError(Refusal.WRONG_SHAPE, "a count exceeds its tile, or counts were not needed")
+    if int(counts.sum()) != n:
+        raise WireError(Refusal.WRONG_SHAPE, "the counts do not add up to the number of values")
+    rows = int(np.count_nonzero(counts))
+    raw = _take(data, at, rows * 2 << m)
+    at += len(raw)
+    levels = _level_values(np.frombuffer(raw, "<u2").reshape(rows, 1 << m))
+    tail = len(data) - at - _bytes_of_bits(n * rice) - _bytes_of_bits(n * (1 + m))
+    if tail < 0:
+        raise WireError(Refusal.WRONG_SHAPE, "a payload shorter than its header says")
+    high = _unpack_unary(data[at : at + tail], n)
+    at += tail
+    low = _unpack_bits(data[at : at + _bytes_of_bits(n * rice)], n, rice)
+    at += _bytes_of_bits(n * rice)
+    codes = _unpack_bits(data[at:], n, 1 + m)
+
+    tile = np.repeat(np.arange(layout.tiles), counts)
+    within = _positions((high << rice) | low, counts, tile)
+    if np.any(within >= layout.tile_sizes()[tile]):
+        raise WireError(Refusal.WRONG_SHAPE, "a position lies outside its tile")
+    row = (np.cumsum(counts > 0) - 1)[tile]
+    magnitude = levels[row, codes & ((1 << m) - 1)]
+    if np.any(magnitude == 0):
+        raise WireError(Refusal.WRONG_SHAPE, "a value uses an empty level")
+    values = np.where(codes >> m, -magnitude, magnitude).astype(np.int32)
+    return Sparse(layout.tile_starts()[tile] + within, values)
+
+
+def payload_bytes_max(layout: TileLayout, rules: CodecRules) -> int:
+    """No legal payload of this fragment is longer."""
+    n = int(layout.capacity(rules.per_tile).sum())
+    levels = layout.tiles * 2 << rules.magnitude_bits
+    bits = n * (1 + limits.RICE_PARAMETER_MAX) + layout.size + n * (1 + rules.magnitude_bits)
+    return _HEADER.size + 2 * layout.tiles + levels + bits // 8 + 3
+
+
+def _quantise(row: Int64Array, magnitude: Int64Array, rows: int, bits: int) -> tuple[Int64Array, NDArray[np.uint16]]:
+    """Split each row's magnitudes at their mean, `bits` times: (code [n], levels [rows, 2**bits] as 16-bit floats).
+
+    A row with no more than 2**bits distinct magnitudes of two kinds or one is reproduced exactly, so the merge of a single
+    contribution returns that contribution.
+    """
+    code = np.zeros(len(row), np.int64)
+    for depth in range(bits):
+        group = (row << depth) | code
+        count, total = _group_sums(group, magnitude, rows << depth)
+        code = (code << 1) | (magnitude * count[group] >= total[group])
+    group = (row << bits) | code
+    count, total = _group_sums(group, magnitude, rows << bits)
+    mean = (2 * total + count) // np.maximum(2 * count, 1)
+    return code, _to_float16(mean).reshape(rows, 1 << bits)
+
+
+def _group_sums(group: Int64Array, magnitude: Int64Array, groups: int) -> tuple[Int64Array, Int64Array]:
+    """Count and sum per group. Float64 sums are exact here: below 4096 values of 24 bits."""
+    count = np.bincount(group, minlength=groups)
+    total = np.bincount(group, weights=magnitude.astype(np.float64), minlength=groups)
+    return count, total.astype(np.int64)
+
+
+def _to_float16(value: Int64Array) -> NDArray[np.uint16]:
+    """Nearest 16-bit float (exponent << 11 | mantissa) of non-negative integers."""
+    length = np.frexp(value.astype(np.float64))[1]  # bit length, exact below 2**53
+    exponent = np.clip(length - _MANTISSA_BITS, 0, _EXPONENT_MAX)
+    half = np.where(exponent > 0, np.left_shift(1, np.maximum(exponent - 1, 0)), 0)
+    mantissa = (value + half) >> exponent
+    overflow = mantissa > _MANTISSA_MAX
+    exponent = np.where(overflow, exponent + 1, exponent)
+    mantissa = np.where(overflow, (value + np.left_shift(1, np.maximum(exponent - 1, 0))) >> exponent, mantissa)
+    too_big = exponent > _EXPONENT_MAX
+    exponent, mantissa = np.where(too_big, _EXPONENT_MAX, exponent), np.where(too_big, _MANTISSA_MAX, mantissa)
+    return ((exponent << _MANTISSA_BITS) | mantissa).astype(np.uint16)
+
+
+def _level_values(levels: NDArray[np.uint16]) -> Int64Array:
+    """Integers of 16-bit floats. Raises WireError on one that has a second spelling or is out of range."""
+    exponent = levels.astype(np.int64) >> _MANTISSA_BITS
+    mantissa = levels.astype(np.int64) & _MANTISSA_MAX
+    if np.any(exponent > _EXPONENT_MAX) or np.any((exponent > 0) & (mantissa <= _MANTISSA_MAX >> 1)):
+        raise WireError(Refusal.WRONG_SHAPE, "a level that is out of range or not in its shortest form")
+    return mantissa << exponent
+
+
+def _gaps(within: Int64Array, tile: Int64Array) -> Int64Array:
+    """Distance to the previous position in the same tile, less one; the position itself for the first."""
+    gaps = within.copy()
+    same = tile[1:] == tile[:-1]
+    gaps[1:] -= np.where(same, within[:-1] + 1, 0)
+    return gaps
+
+
+def _positions(gaps: Int64Array, counts: Int64Array, tile: Int64Array) -> Int64Array:
+    """Inverse of `_gaps`: positions within their tiles."""
+    running = np.cumsum(gaps + 1)
+    before = np.concatenate([np.zeros(1, np.int64), running])[np.cumsum(counts) - counts]
+    return running - before[tile] - 1
+
+
+def _best_rice(gaps: Int64Array) -> int:
+    """The Rice parameter that makes the gaps shortest."""
+    costs = [int((gaps >> r).sum()) + r * len(gaps) for r in range(limits.RICE_PARAMETER_MAX + 1)]
+    return costs.index(min(costs))
+
+
+def _bytes_of_bits(bits: int) -> int:
+    return (bits + 7) // 8
+
+
+def _take(data: memoryview, at: int, length: int) -> memoryview:
+    if len(data) < at + length:
+        raise WireError(Refusal.WRONG_SHAPE, "a payload shorter than its header says")
+    return data[at : at + length]
+
+
+def _pack_unary(quotients: Int64Array) -> bytes:
+    bits = np.zeros(int(quotients.sum()) + len(quotients), np.uint8)
+    bits[np.cumsum(quotients + 1) - 1] = 1
+    return np.packbits(bits).tobytes()
+
+
+def _unpack_unary(data: memoryview, n: int) -> Int64Array:
+    ends = np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8)))
+    if len(ends) != n or (n == 0 and len(data)) or (n and int(ends[-1]) < 8 * (len(data) - 1)):
+        raise WireError(Refusal.WRONG_SHAPE, "the gap stream does not hold exactly one gap per value")
+    return np.diff(ends, prepend=-1) - 1
+
+
+def _pack_bits(values: Int64Array, width: int) -> bytes:
+    if width == 0:
+        return b""
+    shifts = np.arange(width - 1, -1, -1)
+    return np.packbits(((values[:, None] >> shifts) & 1).astype(np.uint8)).tobytes()
+
+
+def _unpack_bits(data: memoryview, n: int, width: int) -> Int64Array:
+    if width == 0:
+        return np.zeros(n, np.int64)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8))
+    if np.any(bits[n * width :]):
+        raise WireError(Refusal.WRONG_SHAPE, "the padding of a bit stream is not zero")
+    weights = np.left_shift(1, np.arange(width - 1, -1, -1))
+    return bits[: n * width].reshape(n, width).astype(np.int64) @ weights
+
+
+def bits_per_value(payloads: Sequence[bytes], values: int) -> float:
+    """Mean cost of one transmitted value, headers and levels included."""
+    return 8 * sum(map(len, payloads)) / max(values, 1)
