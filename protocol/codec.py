@@ -11,9 +11,9 @@ function of integers only, so no NaN can be expressed, and its decoder accepts e
     n x r bits                                   low part of the gaps
     n x (1 + m) bits                             sign, then the index of the level
 
-Three separate bit streams instead of one interleaved stream let numpy code all values at once. Gaps between increasing
-positions make duplicates and disorder impossible to write down. After SparseLoCo (2-bit top-k, templar's compress.py) and
-Golomb-Rice coding of the gaps (Sattler et al. 2019, Sparse Binary Compression).
+Three separate bit streams instead of one interleaved stream let numpy code all values at once. Gaps between
+increasing positions make duplicates and disorder impossible to write down. After SparseLoCo (2-bit top-k, templar's
+compress.py) and Golomb-Rice coding of the gaps (Sattler et al. 2019, Sparse Binary Compression).
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class TileLayout:
     groups: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        assert self.groups and all(0 < s <= limits.TILE_SIZE_MAX and c > 0 for s, c in self.groups)
+        assert self.groups
+        assert all(0 < s <= limits.TILE_SIZE_MAX and c > 0 for s, c in self.groups)
         assert self.tiles <= limits.FRAGMENT_TILES_MAX
 
     @property
@@ -69,7 +70,7 @@ class TileLayout:
         return np.cumsum(sizes) - sizes
 
     def capacity(self, per_tile: int) -> Int64Array:
-        """[tiles] the most values a tile may carry at `per_tile` of 4096, in proportion for smaller tiles, at least 1."""
+        """[tiles] the most values a tile may carry: `per_tile` of 4096, in proportion for smaller tiles."""
         sizes = self.tile_sizes()
         return np.clip(-(-sizes * per_tile // limits.TILE_SIZE_MAX), 1, sizes)
 
@@ -90,7 +91,7 @@ class CodecRules:
 
 @dataclass(frozen=True)
 class Sparse:
-    """A fragment with few non-zero values: strictly increasing `positions` and non-zero fixed-point `values`, both [n]."""
+    """A fragment with few non-zero values: increasing `positions` and fixed-point `values`, both [n]."""
 
     positions: Int64Array
     values: Int32Array
@@ -161,7 +162,7 @@ def encode(layout: TileLayout, rules: CodecRules, chosen: Sparse) -> tuple[bytes
 
 
 def decode(layout: TileLayout, rules: CodecRules, payload: bytes | memoryview) -> Sparse:
-    """Inverse of `encode`. Raises WireError on anything but a payload that `encode` could have written for this layout."""
+    """Inverse of `encode`. Raises WireError on anything that `encode` could not have written for this layout."""
     data = memoryview(payload)
     if len(data) < _HEADER.size:
         raise WireError(Refusal.WRONG_SHAPE, f"a payload of {len(data)} bytes has no header")
@@ -217,8 +218,7 @@ def payload_bytes_max(layout: TileLayout, rules: CodecRules) -> int:
 def _quantise(row: Int64Array, magnitude: Int64Array, rows: int, bits: int) -> tuple[Int64Array, NDArray[np.uint16]]:
     """Split each row's magnitudes at their mean, `bits` times: (code [n], levels [rows, 2**bits] as 16-bit floats).
 
-    A row with no more than 2**bits distinct magnitudes of two kinds or one is reproduced exactly, so the merge of a single
-    contribution returns that contribution.
+    A row with one or two distinct magnitudes comes back exactly, so the merge of one contribution is that contribution.
     """
     code = np.zeros(len(row), np.int64)
     for depth in range(bits):
@@ -258,7 +258,8 @@ def _level_values(levels: NDArray[np.uint16]) -> Int64Array:
     mantissa = levels.astype(np.int64) & _MANTISSA_MAX
     if np.any(exponent > _EXPONENT_MAX) or np.any((exponent > 0) & (mantissa <= _MANTISSA_MAX >> 1)):
         raise WireError(Refusal.WRONG_SHAPE, "a level that is out of range or not in its shortest form")
-    return mantissa << exponent
+    value: Int64Array = mantissa << exponent
+    return value
 
 
 def _gaps(within: Int64Array, tile: Int64Array) -> Int64Array:

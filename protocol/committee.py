@@ -1,8 +1,8 @@
 """Who decides a slot: rendezvous hashing picks the same few peers for everybody who knows the same roster.
 
 Highest random weight (Thaler and Ravishankar 1998): every peer's score for a slot is a hash, the best three form the
-committee, rank 0 owns the slot. A peer that leaves changes only the slots it had a seat in, and nobody can choose their seat
-without choosing a new identity.
+committee, rank 0 owns the slot. A peer that leaves changes only the slots it had a seat in, and nobody can choose
+their seat without choosing a new identity.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The ledger rule (I1): what a certificate does to an anchor and to a peer's own weights.
 
-    anchor_f += U                          x_f += U - sent, at the coordinates U holds, if my payload is in the certificate
+    anchor_f += U          x_f += U - sent, at the coordinates U holds, if my payload is in the certificate
 
-so x - anchor, my work that the swarm does not have yet, changes by exactly what the certificate took from me. Undoing a
-certificate is the same with the signs turned. This is the one place where the rule is written; the daemon applies its result
-to tensors, the tests and the simulator to integers.
+so x - anchor, my work that the swarm does not have yet, changes by exactly what the certificate took from me. Undoing
+a certificate is the same with the signs turned. This is the one place where the rule is written; the daemon applies
+its result to tensors, the tests and the simulator to integers.
 """
 
 from __future__ import annotations

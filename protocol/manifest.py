@@ -1,8 +1,9 @@
 """The run manifest: everything peers must agree on before they can agree on anything else.
 
-It is canonical JSON (sorted keys, no spaces, integers instead of floats), signed by the founder; the run id is its sha256,
-so nobody can change a field and keep the id. The model's configuration travels in it as opaque JSON: the protocol only needs
-the fragment table. `layout_digest` pins how fragments map to tensors, so software that cuts the model differently is refused.
+It is canonical JSON (sorted keys, no spaces, integers instead of floats), signed by the founder; the run id is its
+sha256, so nobody can change a field and keep the id. The model's configuration travels in it as opaque JSON: the
+protocol only needs the fragment table. `layout_digest` pins how fragments map to tensors, so software that cuts the
+model differently is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class MergeRules:
     step_q16: int = 1 << 16
     """alpha, the outer step size, as a 16-bit fraction."""
     coverage_halves: int = 1
-    """Normaliser N_i: 0 divides by all contributors' weight, 2 by those that sent coordinate i, 1 by the geometric mean."""
+    """Normaliser N_i: 0 is everybody's weight, 2 that of the senders of coordinate i, 1 their geometric mean."""
     weight_cap: int = 4
     """A contributor weighs at most this many times the median."""
 

@@ -2,11 +2,11 @@
 
     A_i = alpha * sum_r w_r v_r,i / N_i         v_r clipped to the median norm, w_r tokens capped at 4 medians
     N_i = W, sqrt(W * W_i) or W_i               W: weight of all contributors, W_i: of those that sent coordinate i
-    U   = top-k2 per tile of A, quantised       what does not fit returns to its senders: they subtract only what U holds
+    U   = top-k2 per tile of A, quantised       what does not fit returns to its senders
 
-Everything is int64 with two declared roundings: division rounds half away from zero, the square root rounds down (IEEE 754
-square roots of integers below 2**52 are exactly rounded, so every machine agrees). A single contribution comes back
-unchanged at alpha = 1, whatever the normaliser: a swarm of one trains exactly as if it were alone.
+Everything is int64 with two declared roundings: division rounds half away from zero, the square root rounds down
+(IEEE 754 square roots of integers below 2**52 are exactly rounded, so every machine agrees). A single contribution
+comes back unchanged at alpha = 1, whatever the normaliser: a swarm of one trains exactly as if it were alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from braniac.protocol import codec, screen
+from braniac.protocol import codec, limits, screen
 from braniac.protocol.codec import Int64Array, Sparse
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import PeerId
@@ -96,12 +96,12 @@ def _normaliser(rules: MergeRules, everyone: int, covered: Int64Array) -> Int64A
 
 def _divide(numerator: Int64Array, divisor: Int64Array) -> Int64Array:
     """Integer division, rounded half away from zero."""
-    return np.sign(numerator) * ((2 * np.abs(numerator) + divisor) // (2 * divisor))
+    quotient: Int64Array = np.sign(numerator) * ((2 * np.abs(numerator) + divisor) // (2 * divisor))
+    return quotient
 
 
 def _nonzero(positions: Int64Array, values: Int64Array) -> Sparse:
-    limit = codec.limits.LEVEL_MAX
-    values = np.clip(values, -limit, limit)
+    values = np.clip(values, -limits.LEVEL_MAX, limits.LEVEL_MAX)
     some = values != 0
     return Sparse(positions[some], values[some].astype(np.int32))
 

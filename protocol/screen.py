@@ -1,8 +1,8 @@
 """Is this contribution admissible, and how loudly may it speak?
 
-Exact decoding (codec.py) already refuses whatever is misshapen; what is left is loudness. Norms are computed from the integer
-levels, exactly, because a float norm differs between thread counts and would split the swarm; each contribution above the
-median is scaled down to it (Templar's compress.py clips to the median norm; here in integers).
+Exact decoding (codec.py) already refuses whatever is misshapen; what is left is loudness. Norms are computed from the
+integer levels, exactly, because a float norm differs between thread counts and would split the swarm; each
+contribution above the median is scaled down to it (Templar's compress.py clips to the median norm; here in integers).
 """
 
 from __future__ import annotations
@@ -50,4 +50,5 @@ def clip(contribution: Sparse, factor: int) -> Int64Array:
     values = contribution.values.astype(np.int64)
     if factor == limits.CLIP_ONE:
         return values
-    return np.sign(values) * ((np.abs(values) * factor + limits.CLIP_ONE // 2) // limits.CLIP_ONE)
+    clipped: Int64Array = np.sign(values) * ((np.abs(values) * factor + limits.CLIP_ONE // 2) // limits.CLIP_ONE)
+    return clipped
