@@ -1,0 +1,47 @@
+"""The calls by which the store changes the disk, one method each, so that a test can cut the power between any two.
+
+Nothing here decides anything; what order makes a write durable is `store.py`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+from io import FileIO
+from pathlib import Path
+
+
+class Files:
+    """The calls that change the disk, one method each, so that a test can cut the power between any two of them."""
+
+    def create(self, path: Path) -> FileIO:
+        """An empty file open for writing, readable by its owner only."""
+        return FileIO(path, "w", opener=lambda name, flags: os.open(name, flags, 0o600))
+
+    def write(self, file: FileIO, data: memoryview) -> None:
+        """Append all of `data`; the system may take it in pieces."""
+        while data:
+            data = data[file.write(data) :]
+
+    def fsync(self, file: FileIO) -> None:
+        """Return once the file's bytes are on the medium."""
+        os.fsync(file.fileno())
+
+    def fsync_directory(self, path: Path) -> None:
+        """Return once the names in the directory are on the medium."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Atomically give `source` the name `target`."""
+        os.replace(source, target)
+
+    def remove(self, path: Path) -> None:
+        """Unlink a file."""
+        os.unlink(path)
+
+    def mkdir(self, path: Path) -> None:
+        """Make a directory for its owner only."""
+        os.mkdir(path, 0o700)

@@ -1,0 +1,497 @@
+"""The store keeps one whole generation through crashes at every call, lost writes, damage and full disks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+import pytest
+
+from braniac.node.errors import AlreadyRunning, ConfigError, StateError
+from braniac.node.files import Files
+from braniac.node.generation import Generation
+from braniac.node.store import BlobDamaged, BlobMissing, DiskFull, Store
+
+
+@contextlib.contextmanager
+def opened(root: Path, keep: int = 3, files: Files | None = None) -> Iterator[Store]:
+    store = Store.open(root, keep=keep, files=files)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def blobs_of(number: int) -> list[bytes]:
+    """Weights and optimizer state of one generation; the last blob never changes, as an anchor may not."""
+    return [f"weights {number} ".encode() * 50, f"optimizer {number} ".encode() * 70, b"anchor " * 30]
+
+
+def save(store: Store, number: int) -> int:
+    return store.commit({"step": number}, [store.put(blob) for blob in blobs_of(number)])
+
+
+def check_whole(store: Store, generation: Generation) -> int:
+    """The step of a recovered generation, after checking that every blob belongs to that very step."""
+    step = generation.content["step"]
+    assert isinstance(step, int)
+    assert {store.get(digest) for digest in generation.refs} == set(blobs_of(step))
+    return step
+
+
+def recovered_step(store: Store) -> int | None:
+    generation = store.recover()
+    return None if generation is None else check_whole(store, generation)
+
+
+# Crashes
+
+
+class PowerCut(BaseException):
+    """Not an Exception: nothing may catch it and tidy up, as nothing would after a power cut."""
+
+
+class CrashingFiles(Files):
+    """Stops at the `at`-th call, leaving what that failure would leave.
+
+    kill: everything done before the call is there, and half of what the call itself does.
+    power: only what was synced is there; an unsynced file has half of its bytes, an unsynced name is gone.
+    reorder: names survive but unsynced bytes do not, the order a file system without barriers may choose.
+    """
+
+    def __init__(self, at: int, mode: str) -> None:
+        self.calls = 0
+        self._at = at
+        self._mode = mode
+        self._unsynced: dict[Path, bool] = {}
+        self._undo: list[tuple[Path, Path, Path | None, bytes | None]] = []  # directory, path, old path, old content
+
+    def _step(self) -> bool:
+        """Whether the power fails during this call."""
+        self.calls += 1
+        return self.calls == self._at
+
+    def _crash(self) -> None:
+        if self._mode != "kill":
+            for path in self._unsynced:
+                os.truncate(path, path.stat().st_size // 2)
+        if self._mode == "power":
+            for _, path, old_path, old_content in reversed(self._undo):
+                if path.is_dir():
+                    path.rmdir()
+                elif old_path is not None:
+                    path.rename(old_path)
+                elif old_content is None:
+                    path.unlink(missing_ok=True)
+                if old_content is not None:
+                    path.write_bytes(old_content)
+        raise PowerCut
+
+    def create(self, path: Path) -> FileIO:
+        if self._step():
+            self._crash()
+        self._undo.append((path.parent, path, None, None))
+        self._unsynced[path] = True
+        return super().create(path)
+
+    def write(self, file: FileIO, data: memoryview) -> None:
+        if self._step():
+            super().write(file, data[: len(data) // 2])
+            self._crash()
+        super().write(file, data)
+
+    def fsync(self, file: FileIO) -> None:
+        if self._step():
+            self._crash()
+        super().fsync(file)
+        del self._unsynced[Path(os.fsdecode(file.name))]
+
+    def fsync_directory(self, path: Path) -> None:
+        if self._step():
+            self._crash()
+        self._undo = [entry for entry in self._undo if entry[0] != path]
+
+    def rename(self, source: Path, target: Path) -> None:
+        if self._step():
+            self._crash()
+        old = target.read_bytes() if target.exists() else None
+        super().rename(source, target)
+        if source in self._unsynced:
+            self._unsynced[target] = self._unsynced.pop(source)
+        self._undo.append((target.parent, target, source, old))
+
+    def remove(self, path: Path) -> None:
+        if self._step():
+            self._crash()
+        old = path.read_bytes()
+        super().remove(path)
+        self._undo.append((path.parent, path, None, old))
+
+    def mkdir(self, path: Path) -> None:
+        if self._step():
+            self._crash()
+        super().mkdir(path)
+        self._undo.append((path.parent, path, None, None))
+
+
+def crash_once(root: Path, at: int, mode: str) -> tuple[int, bool]:
+    """Commit 1 safely, then 2 (and collect) until the `at`-th call; the acknowledged step, and whether it crashed."""
+    with opened(root, keep=1) as store:
+        save(store, 1)
+    files = CrashingFiles(at, mode)
+    acknowledged = 1
+    try:
+        with opened(root, keep=1, files=files) as store:
+            save(store, 2)
+            acknowledged = 2
+            store.collect()
+    except PowerCut:
+        return acknowledged, True
+    return acknowledged, False
+
+
+@pytest.mark.parametrize("mode", ["kill", "power", "reorder"])
+def test_crash_at_every_call_leaves_old_or_new_whole(tmp_path: Path, mode: str) -> None:
+    at, crashed, seen = 0, True, set()
+    while crashed:
+        at += 1
+        root = tmp_path / str(at)
+        acknowledged, crashed = crash_once(root, at, mode)
+        with opened(root, keep=1) as store:
+            step = recovered_step(store)
+            assert step in (acknowledged, 2), f"call {at}"
+            seen.add(step)
+            # And life goes on: the next commit works, and what the crash left behind is swept up.
+            number = save(store, 3)
+            store.collect()
+            assert number > 1
+            assert recovered_step(store) == 3
+        names = {path.name for path in root.rglob("*") if path.is_file()}
+        assert names == {"lock", f"{number:012}.json", *(hashlib.sha256(b).hexdigest() for b in blobs_of(3))}
+    assert at > 20
+    assert seen == {1, 2}
+
+
+@pytest.mark.parametrize("forgotten", ["fsync", "fsync_directory"])
+def test_the_crash_test_notices_a_forgotten_sync(tmp_path: Path, forgotten: str) -> None:
+    """The shim itself must be able to fail: without either sync, some crash loses an acknowledged generation."""
+
+    class Forgetful(CrashingFiles):
+        pass
+
+    setattr(Forgetful, forgotten, lambda *_: None)
+    for at in range(1, 60):
+        root = tmp_path / str(at)
+        with opened(root, keep=1) as store:
+            save(store, 1)
+        acknowledged = 1
+        with contextlib.suppress(PowerCut), opened(root, keep=1, files=Forgetful(at, "power")) as store:
+            save(store, 2)
+            acknowledged = 2
+            save(store, 3)
+            acknowledged = 3
+            store.collect()
+        with opened(root, keep=1) as store:
+            try:
+                if recovered_step(store) not in range(acknowledged, 4):
+                    return
+            except StateError:
+                return
+    pytest.fail("no crash point noticed")
+
+
+# Damage
+
+
+def every_byte_flip(path: Path) -> Iterator[None]:
+    original = path.read_bytes()
+    for position in [*range(0, len(original), 7), len(original) - 1]:
+        damaged = bytearray(original)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        yield
+    for data in (b"", original[: len(original) // 2], original + b"\0", b"[]", b"null", b"\xff"):
+        path.write_bytes(data)
+        yield
+
+
+def test_damage_anywhere_falls_back_one_generation(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        save(store, 1)
+        before = set(tmp_path.rglob("*"))
+        save(store, 2)
+        only_in_2 = [path for path in sorted(set(tmp_path.rglob("*")) - before) if path.is_file()]
+        assert len(only_in_2) == 3
+        for path in only_in_2:
+            original = path.read_bytes()
+            for _ in every_byte_flip(path):
+                assert recovered_step(store) == 1
+                assert [number for number, _ in store.skipped] == [2]
+            path.write_bytes(original)
+        assert recovered_step(store) == 2
+        assert store.skipped == []
+
+
+def test_damage_to_what_every_generation_needs_is_an_error(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        save(store, 1)
+        save(store, 2)
+        anchor = hashlib.sha256(blobs_of(1)[-1])
+        path = tmp_path / "blobs" / anchor.hexdigest()[:2] / anchor.hexdigest()
+        path.write_bytes(b"x" * path.stat().st_size)
+        with pytest.raises(StateError, match="join again"):
+            store.recover()
+        assert [number for number, _ in store.skipped] == [2, 1]
+        # The damaged blob was removed, so that putting (or fetching) it again repairs both.
+        assert not store.has(anchor.digest())
+        store.put(blobs_of(1)[-1])
+        assert recovered_step(store) == 2
+
+
+def test_get_removes_a_damaged_blob(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        digest = store.put(b"good")
+        (tmp_path / "blobs" / digest.hex()[:2] / digest.hex()).write_bytes(b"evil")
+        with pytest.raises(BlobDamaged):
+            store.get(digest)
+        with pytest.raises(BlobMissing):
+            store.get(digest)
+        assert store.put(b"good") == digest
+        assert store.get(digest) == b"good"
+
+
+def test_numbers_never_go_back_over_a_damaged_generation(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        save(store, 1)
+        save(store, 2)
+    (tmp_path / "generations" / f"{2:012}.json").write_bytes(b"{}")
+    with opened(tmp_path) as store:
+        assert recovered_step(store) == 1
+        assert save(store, 3) == 3
+
+
+# Blobs
+
+
+def test_a_blob_is_stored_once_and_served_in_chunks(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        data = bytes(range(256)) * 4
+        digest = store.put(memoryview(data))
+        assert digest == hashlib.sha256(data).digest()
+        (path,) = (p for p in (tmp_path / "blobs").rglob("*") if p.is_file())
+        inode = path.stat().st_ino
+        assert store.put(data) == digest
+        assert path.stat().st_ino == inode
+        assert store.size(digest) == 1024
+        assert store.read(digest, 1000, 100) == data[1000:]
+        assert store.read(digest, 5000, 100) == b""
+        assert store.get(store.put(b"")) == b""
+        absent = bytes(32)
+        assert not store.has(absent)
+        assert store.size(absent) is None
+        with pytest.raises(BlobMissing):
+            store.read(absent, 0, 1)
+
+
+def test_a_truncated_blob_is_put_again(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        digest = store.put(b"whole")
+        (tmp_path / "blobs" / digest.hex()[:2] / digest.hex()).write_bytes(b"who")
+        store.put(b"whole")
+        assert store.get(digest) == b"whole"
+
+
+def test_a_commit_needs_its_blobs(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        with pytest.raises(BlobMissing):
+            store.commit({}, [bytes(32)])
+        assert store.recover() is None
+
+
+def test_content_that_json_would_change_is_our_bug(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        with pytest.raises(AssertionError):
+            store.commit({"shape": (1, 2)}, [])  # type: ignore[dict-item]
+        with pytest.raises(ValueError, match="JSON compliant"):
+            store.commit({"loss": float("nan")}, [])
+        assert store.recover() is None
+        assert store.commit({"loss": 0.1, "deep": {"a": [None, True, "é"]}}, []) == 1
+        assert store.recover() == Generation(1, {"loss": 0.1, "deep": {"a": [None, True, "é"]}}, ())
+
+
+# Collection
+
+
+def test_collect_keeps_the_newest_generations_and_what_is_asked_for(tmp_path: Path) -> None:
+    with opened(tmp_path, keep=2) as store:
+        for number in range(1, 5):
+            save(store, number)
+        pending = store.put(b"pending")
+        stray = store.put(b"stray")
+        (tmp_path / "generations" / "000000000009.json.tmp").write_bytes(b"torn")
+        assert store.collect(keep_also=[pending]) == 2 + 4 + 1 + 1  # manifests, their blobs, the stray, the torn file
+        assert store.has(pending)
+        assert not store.has(stray)
+        assert sorted(path.name for path in (tmp_path / "generations").iterdir()) == [f"{n:012}.json" for n in (3, 4)]
+        assert recovered_step(store) == 4
+        assert store.collect(keep_also=[pending]) == 0
+
+
+def test_collect_never_counts_a_broken_generation(tmp_path: Path) -> None:
+    with opened(tmp_path, keep=1) as store:
+        save(store, 1)
+        save(store, 2)
+        (tmp_path / "generations" / f"{2:012}.json").write_bytes(b"{}")
+        store.collect()
+        assert recovered_step(store) == 1
+        (tmp_path / "generations" / f"{1:012}.json").write_bytes(b"{}")
+        assert store.collect() == 0
+        with pytest.raises(StateError):
+            store.recover()
+
+
+# Full disks
+
+
+class FullFiles(Files):
+    """A disk whose `at`-th call fails, after half of the bytes if it is a write."""
+
+    def __init__(self, at: int, code: int) -> None:
+        self.at = at
+        self._code = code
+
+    def _step(self) -> None:
+        self.at -= 1
+        if self.at == 0:
+            raise OSError(self._code, os.strerror(self._code))
+
+    def create(self, path: Path) -> FileIO:
+        self._step()
+        return super().create(path)
+
+    def write(self, file: FileIO, data: memoryview) -> None:
+        super().write(file, data[: len(data) // 2])
+        self._step()
+        super().write(file, data[len(data) // 2 :])
+
+    def fsync(self, file: FileIO) -> None:
+        self._step()
+
+    def fsync_directory(self, path: Path) -> None:
+        self._step()
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._step()
+        super().rename(source, target)
+
+    def mkdir(self, path: Path) -> None:
+        self._step()
+        super().mkdir(path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_at_every_call_keeps_the_last_generation(tmp_path: Path, code: int) -> None:
+    files = FullFiles(0, code)
+    with opened(tmp_path, files=files) as store:
+        number = save(store, 0)
+        for at in range(1, 15):  # two new blobs are 7 calls each, then comes the manifest
+            files.at = at
+            with pytest.raises(DiskFull, match="free some space"):
+                save(store, 1000 + at)
+            assert not list(tmp_path.rglob("*.tmp"))
+            assert recovered_step(store) == 0
+        files.at = 0  # space is back
+        assert save(store, 1) == number + 1
+        assert recovered_step(store) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs takes root")
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("this system does not let us mount a tmpfs")
+    try:
+        with opened(tmp_path, keep=1) as store:
+            save(store, 1)
+            ballast = store.put(os.urandom(100_000))
+            with pytest.raises(DiskFull):
+                store.put(os.urandom(200_000))
+            assert store.has(ballast)
+            assert recovered_step(store) == 1
+            store.collect()
+            assert not store.has(ballast)
+            store.put(b"z" * 200_000)
+            save(store, 2)
+            assert recovered_step(store) == 2
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_file_size_limit_reads_as_a_full_disk(tmp_path: Path) -> None:
+    program = f"""
+import resource, signal
+from pathlib import Path
+from braniac.node.store import DiskFull, Store
+store = Store.open(Path({str(tmp_path)!r}))
+store.commit({{"step": 1}}, [store.put(b"small")])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    store.put(bytes(5000))
+except DiskFull:
+    store.commit({{"step": 2}}, [store.put(b"also small")])
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert not list(tmp_path.rglob("*.tmp"))
+    with opened(tmp_path) as store:
+        generation = store.recover()
+        assert generation is not None
+        assert generation.content == {"step": 2}
+
+
+def test_other_errors_are_not_disguised(tmp_path: Path) -> None:
+    files = FullFiles(0, errno.EMFILE)
+    with opened(tmp_path, files=files) as store:
+        files.at = 1
+        with pytest.raises(OSError, match="Too many open files"):
+            store.put(b"data")
+        assert not store.has(hashlib.sha256(b"data").digest())
+
+
+# The directory
+
+
+def test_one_process_per_directory(tmp_path: Path) -> None:
+    root = tmp_path / "new" / "state"
+    program = f"from pathlib import Path; from braniac.node.store import Store; Store.open(Path({str(root)!r}))"
+    with opened(root) as store:
+        assert root.stat().st_mode & 0o777 == 0o700
+        with pytest.raises(AlreadyRunning, match=f"process {os.getpid()}"):
+            Store.open(root)
+        other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert "AlreadyRunning" in other.stderr
+        store.put(b"still mine")
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with opened(root):
+        assert (root / "lock").read_text() == str(os.getpid())
+
+
+def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="--state-dir"):
+            Store.open(path)
+
+
+def test_a_fresh_directory_has_no_generation(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        assert store.recover() is None
+        assert store.skipped == []
+        assert store.collect() == 0
