@@ -1,0 +1,174 @@
+"""What can be set about a node: frozen pydantic models, one per section, with units in the names.
+
+`settings_merge.load_config` fills them from flags, `--set`, the environment and a TOML file; nothing else builds a
+`NodeConfig` from what a person typed. A section is frozen, so the daemon can hand it to any thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import platformdirs
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from braniac.protocol.limits import FRAGMENTS_MAX, TILE_SIZE_MAX
+
+
+def default_state_dir() -> Path:
+    """Where a node keeps its key and checkpoints when nobody says otherwise, e.g. ~/.local/share/braniac."""
+    return platformdirs.user_data_path("braniac")
+
+
+def control_socket_path(state_dir: Path) -> Path:
+    """The unix socket on which the daemon of this state directory answers `status`, `peers` and `leave`."""
+    return state_dir / "control.sock"
+
+
+def _digits_to_int(value: object) -> object:
+    return int(value) if isinstance(value, str) and value in {"0", "1", "2", "3"} else value
+
+
+Tier = Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_digits_to_int)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
+        # Python calls True an int; a person who writes `batch = true` made a mistake.
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("a value that is not true or false")
+        return value
+
+
+class NetworkSection(_Section):
+    """Whom to reach, and how to be reached."""
+
+    peers: tuple[str, ...] = ()
+    """Multiaddrs of peers to join through, each ending in /p2p/<peer id>; empty: found a run, or resume the old one."""
+    listen: tuple[str, ...] = Field(default=("/ip4/0.0.0.0/tcp/0",), min_length=1)
+    """Multiaddrs to listen on; port 0 means any free port."""
+    announce: tuple[str, ...] = ()
+    """Multiaddrs to tell others instead of the ones found, e.g. behind a port forward."""
+    run_id: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Refuse to join any run but this one (64 hex digits)."""
+    call_timeout_s: float = Field(default=10.0, ge=0.1, le=600)
+    """Deadline of one call to a peer."""
+
+
+class RunSection(_Section):
+    """A new run, written into its manifest by the founder; a node that joins takes the manifest as it is."""
+
+    name: str = Field(default="braniac", min_length=1, max_length=64)
+    """What people call the run."""
+    preset: Literal["tiny", "small"] = "tiny"
+    """Which model: tiny has 0.5 million parameters, small 11 million."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Seed of the initial weights and of who reads which text."""
+    slot_s: float = Field(default=2.0, ge=0.1, le=3600)
+    """Length of a slot: one fragment is averaged per slot."""
+    fragments: int = Field(default=8, ge=4, le=FRAGMENTS_MAX)
+    """Into how many fragments the parameters are cut; all of them once is a window."""
+    up_per_tile: int = Field(default=64, ge=1, le=TILE_SIZE_MAX)
+    """Values a peer sends of each 64x64 tile."""
+    down_per_tile: int = Field(default=256, ge=1, le=TILE_SIZE_MAX)
+    """Values the merged update holds of each 64x64 tile."""
+
+
+class TrainSection(_Section):
+    """How this device trains."""
+
+    tier: Tier = "auto"
+    """How much of the model to hold: 0 is all, each further tier halves the FFN; auto takes the largest that fits."""
+    batch: int = Field(default=8, ge=1, le=4096)
+    """Sequences per step."""
+    learning_rate: float | None = Field(default=None, gt=0, le=10)
+    """Step size of the inner optimizer; not set: the preset's own."""
+    threads: int = Field(default=1, ge=1, le=256)
+    """CPU threads for training."""
+    nice: int = Field(default=10, ge=0, le=19)
+    """Scheduling priority of the training thread: 19 yields to everything else."""
+
+
+class DataSection(_Section):
+    """The text to train on."""
+
+    paths: tuple[UserPath, ...] = ()
+    """Files or folders; empty: the source code of the Python standard library."""
+
+
+class StateSection(_Section):
+    """What survives a restart."""
+
+    dir: UserPath = Field(default_factory=default_state_dir)
+    """Folder with the key and the checkpoints; one node at a time."""
+    keep_generations: int = Field(default=3, ge=1, le=100)
+    """Checkpoints to keep."""
+    checkpoint_every_slots: int = Field(default=1, ge=1, le=1000)
+    """Slots between two checkpoints: the most work that a power cut can take."""
+
+
+class MetricsSection(_Section):
+    """The Prometheus endpoint."""
+
+    enabled: bool = True
+    """Whether to serve /metrics, /healthz and /readyz."""
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to serve on; loopback by default, because metrics are nobody else's business."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port to serve on; 0 takes any free one and logs it."""
+
+
+class LogSection(_Section):
+    """What the node writes to stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important messages to show."""
+    format: Literal["auto", "console", "json"] = "auto"
+    """console: readable lines; json: one object per line; auto: readable, coloured on a terminal only."""
+
+
+class NodeConfig(_Section):
+    """Everything that can be set about a node."""
+
+    network: NetworkSection = NetworkSection()
+    run: RunSection = RunSection()
+    train: TrainSection = TrainSection()
+    data: DataSection = DataSection()
+    state: StateSection = Field(default_factory=StateSection)
+    metrics: MetricsSection = MetricsSection()
+    log: LogSection = LogSection()
+
+    @property
+    def control_socket(self) -> Path:
+        """Where `status`, `peers` and `leave` reach this node's daemon."""
+        return control_socket_path(self.state.dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwarmOptions:
+    """One run of `braniac-node swarm`: daemons as processes on this machine, some of them killed on the way."""
+
+    nodes: int
+    """How many daemons."""
+    tiers: tuple[int, ...]
+    """Their tiers, dealt out in turn: node i has tiers[i % len(tiers)]."""
+    seconds: float
+    """How long to train after the last node joined."""
+    kill: int
+    """How many times a node is killed with SIGKILL and started again."""
+    seed: int
+    """Seed of the run, and of who is killed when."""
+    preset: str
+    """Model of the run."""
+    slot_s: float
+    """Slot length."""
+    keep_dir: Path | None
+    """Keep state directories and logs here; None: a temporary folder, removed at the end."""
+    json: bool
+    """Print nothing but the JSON object on stdout."""

@@ -1,0 +1,216 @@
+"""Merge what was set in five places into one `NodeConfig`, and say in one sentence what is wrong with it.
+
+A flag wins over `--set key.path=value`, that over the environment (`BRANIAC_NODE__section__key=value`), that over the
+TOML file, that over the defaults. Text is read by the type of the setting it is for: `--set run.name=2026` is a name.
+A list is a TOML array or items separated by commas, and `--set network.peers.1=ADDR` replaces one of its items.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from braniac.node.config import NodeConfig
+from braniac.node.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "BRANIAC_NODE__"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value somebody set: `path` is (section, key) or (section, key, index)."""
+
+    path: tuple[str, ...]
+    value: object
+    origin: str  # for messages: "--set", a file's name, a variable's name
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+
+def load_config(
+    file: Path | None, environ: Mapping[str, str], sets: Sequence[str], flags: Mapping[str, object]
+) -> NodeConfig:
+    """Build the configuration of a node.
+
+    `sets` are the arguments of `--set`; `flags` maps dotted keys to values, None meaning that the flag was not given.
+    Raises ConfigError.
+    """
+    settings = [*_from_systemd(environ)]
+    if file is not None:
+        settings += _from_file(file)
+    settings += _from_environment(environ)
+    settings += _from_sets(sets)
+    settings += [Setting(tuple(key.split(".")), v, "the command line") for key, v in flags.items() if v is not None]
+    tree: dict[str, dict[str, Any]] = {}
+    origins: dict[tuple[str, ...], str] = {}
+    for setting in settings:
+        _apply(tree, setting)
+        origins[setting.path[:2]] = setting.origin
+    try:
+        return NodeConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error.errors(include_url=False)[0], origins)) from None
+
+
+def _from_systemd(environ: Mapping[str, str]) -> Iterator[Setting]:
+    # systemd sets this for `StateDirectory=`; several folders are separated by colons and the first is the main one.
+    folder = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if folder:
+        yield Setting(("state", "dir"), folder, "STATE_DIRECTORY")
+
+
+def _from_file(file: Path) -> Iterator[Setting]:
+    try:
+        content = tomllib.loads(file.expanduser().read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}; correct that line") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}; check --config") from None
+    for section, table in content.items():
+        if not isinstance(table, dict):
+            _refuse_path((section,), str(file))
+        for key, value in table.items():
+            yield _checked(Setting((section, key), value, str(file)))
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[Setting]:
+    for name in sorted(environ):  # sorted: an item of a list is set after the list
+        if name.startswith(ENVIRONMENT_PREFIX):
+            path = tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"))
+            yield _from_text(path, environ[name], name)
+
+
+def _from_sets(sets: Sequence[str]) -> Iterator[Setting]:
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text!r} has no '=': write --set key.path=value, as in --set train.batch=4")
+        yield _from_text(tuple(key.strip().split(".")), value.strip(), "--set")
+
+
+def _from_text(path: tuple[str, ...], text: str, origin: str) -> Setting:
+    setting = _checked(Setting(path, text, origin))
+    return Setting(path, _parse(text, into_list=_is_list(setting.path) and len(path) == 2), origin)
+
+
+def _parse(text: str, *, into_list: bool) -> object:
+    """Text as a value. Numbers and booleans stay text: pydantic reads them by the type of the field."""
+    if text == "null":
+        return None
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if isinstance(value, list | dict) or (isinstance(value, str) and text.startswith(("'", '"'))):
+        return value
+    if into_list:
+        return [item for item in (part.strip() for part in text.split(",")) if item]
+    return text
+
+
+def _sections() -> dict[str, Mapping[str, FieldInfo]]:
+    sections: dict[str, Mapping[str, FieldInfo]] = {}
+    for name, field in NodeConfig.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, BaseModel)
+        sections[name] = field.annotation.model_fields
+    return sections
+
+
+def _is_list(path: tuple[str, ...]) -> bool:
+    return get_origin(_sections()[path[0]][path[1]].annotation) is tuple
+
+
+def _checked(setting: Setting) -> Setting:
+    """The setting itself, if there is one of that name. Raises ConfigError."""
+    section = _sections().get(setting.path[0])
+    known = section is not None and len(setting.path) > 1 and setting.path[1] in section
+    if not known or len(setting.path) > 3 or (len(setting.path) == 3 and not _is_list(setting.path)):
+        _refuse_path(setting.path, setting.origin)
+    return setting
+
+
+def _refuse_path(path: tuple[str, ...], origin: str) -> None:
+    key = ".".join(path)
+    sections = _sections()
+    if key in sections:
+        example = f"{key}.{next(iter(sections[key]))}"
+        raise ConfigError(
+            f"{key!r} (from {origin}) is a section, not a value: set one of its keys, such as {example!r}"
+        )
+    names = [f"{section}.{field}" for section, fields in sections.items() for field in fields]
+    close = difflib.get_close_matches(key, names, n=1) or [name for name in names if name.split(".")[1] == path[-1]]
+    hint = f"did you mean {close[0]!r}?" if close else "`braniac-node config show` lists all there are"
+    raise ConfigError(f"unknown setting {key!r} (from {origin}): {hint}")
+
+
+def _apply(tree: dict[str, dict[str, Any]], setting: Setting) -> None:
+    section, key, *index = setting.path
+    if not index:
+        tree.setdefault(section, {})[key] = setting.value
+        return
+    items = tree.get(section, {}).get(key)
+    if items is None:
+        items = getattr(getattr(NodeConfig(), section), key)
+    if not isinstance(items, list | tuple):
+        raise ConfigError(f"{section}.{key} = {_shown(items)} is not a list: give it as [item, item]")
+    if not index[0].isdecimal() or int(index[0]) >= len(items):
+        count = f"{len(items)} item{'' if len(items) == 1 else 's'}, counted from 0"
+        raise ConfigError(f"no {setting.key!r} (from {setting.origin}): {section}.{key} has {count}")
+    tree.setdefault(section, {})[key] = [setting.value if i == int(index[0]) else item for i, item in enumerate(items)]
+
+
+def _sentence(error: ErrorDetails, origins: Mapping[tuple[str, ...], str]) -> str:
+    path = tuple(str(part) for part in error["loc"])
+    origin = origins.get(path[:2], "the defaults")
+    return f"{'.'.join(path)} = {_shown(error['input'])} (from {origin}) cannot be used: expected {_expected(error)}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    """What pydantic wanted, as the end of a sentence."""
+    match error["type"]:
+        case "string_pattern_mismatch":
+            return "64 hexadecimal digits in lower case"
+        case "too_short":
+            return f"at least {error['ctx']['min_length']} item"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            return "a number " + error["msg"].removeprefix("Input should be ")
+        case kind if kind.endswith(
+            "_parsing"
+        ):  # "Input should be a valid integer, unable to parse string as an integer"
+            return error["msg"].removeprefix("Input should be ").split(", ")[0]
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return message.replace("valid tuple", "list").replace("String should have", "text of")
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def render_toml(config: NodeConfig) -> str:
+    """The whole configuration as a TOML file with a comment per key; reading it back gives the same configuration."""
+    lines: list[str] = []
+    for section, fields in _sections().items():
+        lines += [f"[{section}]"]
+        for key, field in fields.items():
+            value = getattr(getattr(config, section), key)
+            lines.append(f"# {field.description}")
+            # A JSON scalar or list of strings is also a TOML value, except that JSON leaves DEL as it is.
+            text = json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"# {key} is not set" if value is None else f"{key} = {text}")
+        lines.append("")
+    return "\n".join(lines)
