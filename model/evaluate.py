@@ -1,0 +1,21 @@
+"""How good a model is: mean loss on text that nobody trains on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from braniac.model.gpt import GPT
+
+EVALUATION_BATCH = 16
+
+
+def held_out_loss(model: GPT, windows: tuple[Tensor, Tensor], width: int | None = None) -> float:
+    """Mean cross-entropy over (tokens, targets), each int64 [N, T], in nats per token: per byte for byte-level text."""
+    tokens, targets = windows
+    assert len(tokens) > 0, "no windows to evaluate"
+    total = 0.0
+    with torch.no_grad():
+        for x, y in zip(torch.split(tokens, EVALUATION_BATCH), torch.split(targets, EVALUATION_BATCH), strict=True):
+            total += model.loss(x, y, width).item() * len(x)
+    return total / len(tokens)

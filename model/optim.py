@@ -1,0 +1,150 @@
+"""The inner optimizer: Muon for the matrices inside the blocks, Adam for the embedding and the head.
+
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by its nearest orthogonal matrix, here with the Polar
+Express iteration (Amsel et al. 2025, arXiv 2505.16932). q, k and v are orthogonalised head by head, each head being an
+independent map.
+
+Step sizes do not depend on the width of a tier: an orthogonal [fan_out, fan_in] update is scaled by
+sqrt(max(1, fan_out / fan_in)), so that one neuron's row of `up` moves by the same length whether the FFN has h or h/8
+neurons, and one learning rate serves every tier (after Large et al. 2024, Modula, arXiv 2405.14813).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from braniac.model.errors import CheckpointError
+from braniac.model.tiers import EMBEDDING, HEAD, is_ffn
+
+MOMENTUM = 0.95
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPSILON = 1e-10
+
+# Odd polynomials a x + b x^3 + c x^5, each the best one for the interval that its predecessor left.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+SAFETY = 1.01  # rounding may lift a singular value above the interval; the paper shrinks the argument by this much
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Nearest (semi-)orthogonal matrices to a batch [n, rows, cols]: singular values end near 1, zeros stay zero."""
+    wide: Tensor = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices  # the smaller Gram matrix
+    x: Tensor = wide / (wide.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b / SAFETY**3, alpha=c / SAFETY**5)
+        x = torch.baddbmm(x, gram, x, beta=a / SAFETY)
+    return x.mT if wide is not matrices else x
+
+
+class Optimizer:
+    """Updates parameters in place from their `.grad`."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        heads: int,
+        *,
+        learning_rate: float,
+        adam_learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        self.tables = {name: p for name, p in params.items() if name in (EMBEDDING, HEAD)}
+        self.matrices = {name: p for name, p in params.items() if name not in self.tables}
+        self.heads = heads
+        self.learning_rate = learning_rate
+        self.adam_learning_rate = adam_learning_rate
+        self.weight_decay = weight_decay
+        self.momentum = {name: torch.zeros_like(p.detach()) for name, p in self.matrices.items()}
+        self.first = {name: torch.zeros_like(p.detach()) for name, p in self.tables.items()}
+        self.second = {name: torch.zeros_like(p.detach()) for name, p in self.tables.items()}
+        self.steps = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, width: int) -> None:
+        """One update. `lr_scale` multiplies both learning rates, `width` is the FFN neurons the gradient is for."""
+        self.steps += 1
+        self._muon_step(self.learning_rate * lr_scale, width)
+        self._adam_step(self.adam_learning_rate * lr_scale)
+
+    def _muon_step(self, lr: float, width: int) -> None:
+        # A step at a narrow width is a step of that narrower model: the rows beyond it, their momentum and their decay
+        # are left alone. Their gradient is zero, but orthogonalising the whole matrix would move them by stale
+        # momentum, under a loss that never saw them, and take length away from the rows that did learn something.
+        batches: dict[torch.Size, list[tuple[str, Tensor]]] = {}
+        for name, param in self.matrices.items():
+            assert param.grad is not None, f"{name} has no gradient"
+            rows = width if is_ffn(name) else len(param)
+            gradient, momentum = param.grad[:rows], self.momentum[name][:rows]
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            update = gradient.lerp(momentum, MOMENTUM)  # Nesterov
+            update = update.view(self._blocks(name), -1, update.shape[1])
+            batches.setdefault(update.shape[1:], []).append((name, update))
+        for batch in batches.values():
+            orthogonal = orthogonalize(torch.cat([update for _, update in batch]))
+            parts = torch.split(orthogonal, [len(update) for _, update in batch])
+            for (name, _), part in zip(batch, parts, strict=True):
+                active = self.matrices[name][: part.shape[0] * part.shape[1]]
+                active.mul_(1 - lr * self.weight_decay)
+                active.add_(part.flatten(0, 1), alpha=-lr * _width_scale(name, part.shape[1], part.shape[2]))
+
+    def _blocks(self, name: str) -> int:
+        """How many independent maps are stacked in this matrix."""
+        return self.heads if any(kind in name for kind in (".q_proj.", ".k_proj.", ".v_proj.")) else 1
+
+    def _adam_step(self, lr: float) -> None:
+        beta1, beta2 = ADAM_BETAS
+        correction1, correction2 = 1 - beta1 ** int(self.steps), 1 - beta2 ** int(self.steps)
+        for name, param in self.tables.items():
+            assert param.grad is not None, f"{name} has no gradient"
+            first = self.first[name].lerp_(param.grad, 1 - beta1)
+            second = self.second[name].lerp_(param.grad.square(), 1 - beta2)
+            denominator = (second / correction2).sqrt_().add_(ADAM_EPSILON)
+            param.mul_(1 - lr * self.weight_decay).addcdiv_(first, denominator, value=-lr / correction1)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Name -> the live tensors of the optimizer's memory; clone them before training goes on."""
+        return (
+            {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
+            | {f"first.{name}": tensor for name, tensor in self.first.items()}
+            | {f"second.{name}": tensor for name, tensor in self.second.items()}
+            | {"steps": self.steps}
+        )
+
+    def load_state_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        """Copy `saved` in, all or nothing. Raises CheckpointError if names, shapes, types or values do not fit."""
+        copy_checked(self.state_tensors(), saved)
+
+
+def copy_checked(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy each saved tensor over the live one of its name, after checking all of them; CheckpointError otherwise."""
+    if live.keys() != saved.keys():
+        odd = sorted(live.keys() ^ saved.keys())[0]
+        where = "lacks" if odd in live else "has an unknown"
+        raise CheckpointError(f"the saved state {where} tensor {odd!r}: it belongs to another model or tier.")
+    for name, tensor in live.items():
+        other = saved[name]
+        if other.shape != tensor.shape or other.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"saved tensor {name!r} is {other.dtype} {tuple(other.shape)}: "
+                f"this model and tier need {tensor.dtype} {tuple(tensor.shape)}."
+            )
+        if not bool(torch.isfinite(other).all()):
+            raise CheckpointError(f"saved tensor {name!r} holds values that are not finite: use an earlier state.")
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(saved[name])
+
+
+def _width_scale(name: str, rows: int, cols: int) -> float:
+    """sqrt(max(1, fan_out / fan_in)). `down` is stored neuron-major, so its rows are its inputs."""
+    fan_out, fan_in = (cols, rows) if ".down_proj." in name else (rows, cols)
+    return float(max(1.0, fan_out / fan_in) ** 0.5)
