@@ -1,0 +1,177 @@
+"""The control API over a real unix socket: every call, who may open it, what is in its way, and the generated files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from braniac.node import control_pb2
+from braniac.node.control import PATH_BYTES_MAX, SERVICE, ControlClient, ControlServer
+from braniac.node.errors import AlreadyRunning, NodeError, NotRunning, ResourceError
+
+ROOT = Path(__file__).parents[2]
+
+
+class Source:
+    """A daemon that has done three slots."""
+
+    def __init__(self) -> None:
+        self.left: list[bool] = []
+
+    def status(self, since_slot: int) -> control_pb2.StatusReply:
+        slots = [control_pb2.SlotRecord(slot=slot, outcome="merged") for slot in range(since_slot, 3)]
+        return control_pb2.StatusReply(state="training", slot=3, slots=slots, refused={"replayed": 2})
+
+    def peers(self) -> control_pb2.PeersReply:
+        return control_pb2.PeersReply(peers=[control_pb2.Peer(peer_id="12D3KooW", rtt_s=0.25)])
+
+    async def leave(self, now: bool) -> None:
+        self.left.append(now)
+
+
+class BrokenSource(Source):
+    def status(self, since_slot: int) -> control_pb2.StatusReply:
+        raise ZeroDivisionError("a bug of ours")
+
+
+async def use(path: Path) -> None:
+    """Every call once, as the command line makes them: from another thread, with the synchronous client."""
+    source, client = Source(), ControlClient(path)
+    async with ControlServer(path, source):
+        status = await asyncio.to_thread(client.status, 1)
+        assert [record.slot for record in status.slots] == [1, 2]
+        assert status.state == "training"
+        assert dict(status.refused) == {"replayed": 2}
+        assert not status.HasField("train_loss")
+        peers = await asyncio.to_thread(client.peers)
+        assert [(peer.peer_id, peer.rtt_s) for peer in peers.peers] == [("12D3KooW", 0.25)]
+        await asyncio.to_thread(client.leave, True)
+        await asyncio.to_thread(client.leave)
+        assert source.left == [True, False]
+    with pytest.raises(NotRunning):
+        await asyncio.to_thread(client.status)
+
+
+async def test_every_call_answers(tmp_path: Path) -> None:
+    await use(tmp_path / "control.sock")
+
+
+def test_every_call_answers_under_uvloop(tmp_path: Path) -> None:
+    uvloop.run(use(tmp_path / "control.sock"))
+
+
+async def test_a_path_with_odd_characters_is_taken_literally(tmp_path: Path) -> None:
+    odd = tmp_path / "50%25 of #a ?b"
+    odd.mkdir()
+    await use(odd / "control.sock")
+
+
+async def test_only_the_owner_can_open_the_socket(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    before = os.umask(0)
+    try:
+        async with ControlServer(path, Source()):
+            assert path.stat().st_mode & 0o777 == 0o600
+            assert os.umask(0) == 0  # and nothing else is made with the narrow mask
+    finally:
+        os.umask(before)
+
+
+async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    async with ControlServer(path, Source()):
+        with pytest.raises(AlreadyRunning, match="stop it"):
+            await ControlServer(path, Source()).start()
+        assert (await asyncio.to_thread(ControlClient(path).status)).slot == 3
+
+
+async def test_a_path_that_cannot_be_a_socket_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ResourceError, match="in the way"):
+        await ControlServer(tmp_path / "file", Source()).start()
+    assert (tmp_path / "file").read_text() == "precious"
+    with pytest.raises(ResourceError, match="cannot open"):
+        await ControlServer(tmp_path / "absent" / "control.sock", Source()).start()
+    long = tmp_path / ("x" * PATH_BYTES_MAX)
+    with pytest.raises(ResourceError, match="shorter --state-dir"):
+        await ControlServer(long, Source()).start()
+    with pytest.raises(ResourceError, match="shorter --state-dir"):
+        ControlClient(long).status()
+
+
+async def test_the_longest_path_that_fits_works(tmp_path: Path) -> None:
+    room = PATH_BYTES_MAX - len(os.fsencode(tmp_path)) - 1
+    if room < 1:
+        pytest.skip("the temporary directory's own path is too long")
+    await use(tmp_path / ("x" * room))
+
+
+def test_no_daemon_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    with pytest.raises(NotRunning, match="no daemon answers on "):
+        ControlClient(path).status()
+    with socket.socket(socket.AF_UNIX) as mute:  # takes the connection and never says a word
+        mute.bind(str(path))
+        mute.listen()
+        with pytest.raises(NotRunning):
+            ControlClient(path, answer_s_max=0.05).peers()
+
+
+async def test_a_bug_in_the_daemon_reaches_the_client_as_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    async with ControlServer(path, BrokenSource()):
+        with pytest.raises(NodeError, match="see its log") as caught:
+            await asyncio.to_thread(ControlClient(path).status)
+        assert not isinstance(caught.value, NotRunning)
+        assert (await asyncio.to_thread(ControlClient(path).peers)).peers
+
+
+async def test_health_and_reflection(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    async with ControlServer(path, Source()), grpc.aio.insecure_channel(f"unix:{path}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", SERVICE):
+            reply = await health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health.Check(health_pb2.HealthCheckRequest(service="nothing"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        listed = [
+            service.name
+            async for reply in reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked)
+            for service in reply.list_services_response.service
+        ]
+        assert SERVICE == "braniac.control.v1.Control"
+        assert set(listed) == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+
+
+async def test_stopping_twice_is_harmless(tmp_path: Path) -> None:
+    server = ControlServer(tmp_path / "control.sock", Source())
+    await server.stop()
+    await server.start()
+    await server.stop()
+    await server.stop()
+
+
+def test_generated_files_are_current(tmp_path: Path) -> None:
+    """What `scripts/proto.sh` makes of the .proto files is what is committed, byte for byte."""
+    subprocess.run(
+        ["scripts/proto.sh", str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, check=True
+    )
+    made = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert {path.name for path in made} >= {"control_pb2.py", "control_pb2.pyi", "control_pb2_grpc.py"}
+    for path in made:
+        assert (ROOT / path.relative_to(tmp_path / "braniac")).read_bytes() == path.read_bytes(), path.name
