@@ -1,0 +1,298 @@
+"""The command line: what each verb takes. Results go to stdout, logs and errors to stderr.
+
+torch, hivemind and grpc are imported inside the command that needs them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from braniac.node import commands
+from braniac.node.config import NodeConfig, SwarmOptions
+from braniac.node.failures import explain
+from braniac.node.settings_merge import load_config, parse_tiers, render_toml, split_addresses
+from braniac.protocol.limits import PROTOCOL_VERSION
+
+app = typer.Typer(
+    name="braniac-node",
+    help="Train one language model together with strangers' devices.",
+    epilog="Exit codes: 0 clean, 1 failed, 2 wrong use or setting, 4 already running, 5 another run or protocol, "
+    "6 key file, 7 port, socket, memory or disk, 8 unreadable state, 9 no node running.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. train.batch=4; repeatable. Flags win over it."),
+]
+StateDir = Annotated[
+    Path | None, typer.Option("--state-dir", metavar="DIR", help="Folder of the node's key and state.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback()
+def _global_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something unexpected fails.")] = False,
+) -> None:
+    if debug:
+        os.environ["BRANIAC_DEBUG"] = "1"  # in the environment, so that the daemons of `swarm` inherit it
+
+
+def _config(file: Path | None, sets: Sequence[str] | None, **flags: object) -> NodeConfig:
+    """Configuration from all five layers; a flag's keyword is its setting's key with `__` for the dot."""
+    return load_config(file, os.environ, sets or (), {key.replace("__", "."): flag for key, flag in flags.items()})
+
+
+@app.command()
+def join(
+    peers: Annotated[
+        list[str] | None, typer.Option("--peers", metavar="ADDR", help="Peer to join through; repeatable, or a,b.")
+    ] = None,
+    tier: Annotated[str | None, typer.Option(metavar="auto|0..3", help="Part of the model to hold; 0 is all.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text file or folder to train on; repeatable.")
+    ] = None,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+    preset: Annotated[str | None, typer.Option(metavar="tiny|small", help="Model of a new run.")] = None,
+    run_id: Annotated[str | None, typer.Option(metavar="HEX", help="Join this run and no other.")] = None,
+    listen: Annotated[
+        list[str] | None, typer.Option(metavar="ADDR", help="Multiaddr to listen on, e.g. /ip4/0.0.0.0/tcp/4001.")
+    ] = None,
+    metrics_port: Annotated[int | None, typer.Option(metavar="N", help="Port of /metrics; 0 is any free one.")] = None,
+    log_format: Annotated[str | None, typer.Option(metavar="auto|console|json", help="How to write the log.")] = None,
+) -> None:
+    """Train with others: join, resume or found a run.
+
+    With --peers it joins their run; without, it resumes the one in the state directory or founds one. SIGTERM, Ctrl-C
+    or `braniac-node leave` finish the slot in hand and stop it, a second signal stops at once; killed in any other
+    way, it goes on from its last checkpoint.
+
+    \b
+    Examples:
+      braniac-node join
+      braniac-node join --peers /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW... --tier 2 --data ~/books
+      braniac-node join --config node.toml --set train.threads=2 --metrics-port 9464
+    """
+    settings = _config(
+        config,
+        set_,
+        network__peers=split_addresses(peers),
+        network__listen=split_addresses(listen),
+        network__run_id=run_id,
+        run__preset=preset,
+        train__tier=tier,
+        data__paths=data,
+        state__dir=state_dir,
+        metrics__port=metrics_port,
+        log__format=log_format,
+    )
+    from braniac.node.logs import configure_logging
+
+    configure_logging(settings.log.level, settings.log.format)
+    from braniac.node.daemon import run_daemon
+
+    raise typer.Exit(run_daemon(settings))
+
+
+@app.command()
+def status(json: Json = False, state_dir: StateDir = None, config: ConfigFile = None, set_: Sets = None) -> None:
+    """Show what the running node is doing.
+
+    \b
+    Examples:
+      braniac-node status
+      braniac-node status --json | jq .slot
+    """
+    from braniac.node.control import ControlClient
+
+    reply = ControlClient(_config(config, set_, state__dir=state_dir).control_socket).status()
+    typer.echo(commands.json_text(commands.message_dict(reply)) if json else commands.status_text(reply))
+
+
+@app.command()
+def peers(json: Json = False, state_dir: StateDir = None, config: ConfigFile = None, set_: Sets = None) -> None:
+    """List the peers that the running node knows.
+
+    \b
+    Examples:
+      braniac-node peers
+      braniac-node peers --json | jq '.peers[].peer_id'
+    """
+    from braniac.node.control import ControlClient
+
+    reply = ControlClient(_config(config, set_, state__dir=state_dir).control_socket).peers()
+    typer.echo(commands.json_text(commands.message_dict(reply)) if json else commands.peers_text(reply))
+
+
+@app.command()
+def leave(
+    now: Annotated[bool, typer.Option("--now", help="Do not finish the slot in hand.")] = False,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Ask the running node to stop.
+
+    It finishes the slot in hand and says goodbye first.
+
+    \b
+    Examples:
+      braniac-node leave
+      braniac-node leave --now
+    """
+    from braniac.node.control import ControlClient
+
+    ControlClient(_config(config, set_, state__dir=state_dir).control_socket).leave(now=now)
+    typer.echo("the node stops now" if now else "the node finishes the slot in hand and stops")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="TEXT", help="How the text begins.")],
+    tokens: Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="How many tokens to write.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=100, metavar="X", help="0 always takes the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, metavar="K", help="Choose among the K likeliest; 0: all.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same text.")] = 0,
+    tier: Annotated[
+        int | None, typer.Option(min=0, max=3, metavar="0..3", help="Use this slice of the model; default: all held.")
+    ] = None,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Let the trained model write text.
+
+    It is read from the node's last checkpoint; the node may be running or not.
+
+    \b
+    Examples:
+      braniac-node generate "def main("
+      braniac-node generate "import" --tokens 500 --temperature 0.5 --tier 3
+    """
+    settings = _config(config, set_, state__dir=state_dir)
+    from braniac.node import offline
+
+    pieces = offline.generate(
+        settings.state.dir, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, tier=tier
+    )
+    typer.echo(prompt, nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@app.command()
+def evaluate(
+    json: Json = False,
+    tiers: Annotated[
+        str | None, typer.Option(metavar="0,1,...", help="Slices to evaluate; default: all the node holds.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text whose held-out part to use; repeatable.")
+    ] = None,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Measure the trained model on held-out text.
+
+    It is read from the node's last checkpoint; losses are in nats per byte.
+
+    \b
+    Examples:
+      braniac-node evaluate
+      braniac-node evaluate --tiers 0,3 --json
+    """
+    settings = _config(config, set_, state__dir=state_dir, data__paths=data)
+    wanted = None if tiers is None else parse_tiers(tiers)
+    from braniac.node import offline
+
+    result = offline.evaluate(settings.state.dir, data=settings.data.paths, tiers=wanted)
+    typer.echo(commands.json_text(result) if json else commands.aligned_text(result))
+
+
+@app.command()
+def swarm(
+    nodes: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="How many daemons.")] = 4,
+    tiers: Annotated[str, typer.Option(metavar="0,1,...", help="Their tiers, dealt out in turn.")] = "0,1,2,3",
+    seconds: Annotated[float, typer.Option(min=1, max=86_400, metavar="S", help="How long to train.")] = 120.0,
+    kill: Annotated[int, typer.Option(min=0, max=1000, metavar="N", help="How often to SIGKILL and restart one.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the run and of the kills.")] = 0,
+    preset: Annotated[str, typer.Option(metavar="tiny|small", help="Model of the run.")] = "tiny",
+    slot_s: Annotated[float, typer.Option(min=0.1, max=3600, metavar="S", help="Slot length in seconds.")] = 2.0,
+    keep_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep states and logs here instead of removing them.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run a whole swarm on this machine.
+
+    Real daemons on loopback, some of them killed on the way, and a report at the end.
+
+    \b
+    Example:
+      braniac-node swarm --nodes 4 --tiers 0,1,2,3 --seconds 120 --kill 2 --json
+    """
+    options = SwarmOptions(
+        nodes=nodes,
+        tiers=parse_tiers(tiers),
+        seconds=seconds,
+        kill=kill,
+        seed=seed,
+        preset=_config(None, None, run__preset=preset).run.preset,
+        slot_s=slot_s,
+        keep_dir=keep_dir,
+        json=json,
+    )
+    from braniac.node.swarm import run_swarm
+
+    report = run_swarm(options)
+    typer.echo(commands.json_text(report) if json else commands.aligned_text(report))
+
+
+@app.command()
+def version() -> None:
+    """Print the version of the program and of the protocol."""
+    typer.echo(f"braniac-node {package_version('braniac-node')}, protocol {PROTOCOL_VERSION}")
+
+
+@config_app.command("show")
+def config_show(state_dir: StateDir = None, config: ConfigFile = None, set_: Sets = None) -> None:
+    """Print every setting as a file for --config.
+
+    \b
+    Examples:
+      braniac-node config show > node.toml
+      braniac-node config show --config node.toml --set train.tier=2
+    """
+    typer.echo(render_toml(_config(config, set_, state__dir=state_dir)), nl=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; what was expected to fail ends in one sentence on stderr."""
+    try:
+        app(args=arguments, prog_name="braniac-node")
+    except (
+        SystemExit
+    ) as exit_:  # also after Ctrl-C (130), wrong use (2), and when the reader of our output went away (1)
+        return exit_.code if isinstance(exit_.code, int) else 0
+    except Exception as error:
+        return explain(error)
+    return 0

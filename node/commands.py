@@ -1,0 +1,166 @@
+"""What commands print on stdout: replies of the daemon and reports, as JSON or for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # protobuf and grpc load only for the commands that talk to a daemon
+    from google.protobuf.message import Message
+
+    from braniac.node.control_pb2 import PeersReply, StatusReply
+
+
+def json_text(content: object) -> str:
+    """One JSON object on one line. Numbers that are not finite become null, because JSON has none."""
+    return json.dumps(_finite(content), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def message_dict(message: Message) -> dict[str, object]:
+    """A protobuf message as plain values under its own field names, every field present.
+
+    Unlike protobuf's JSON mapping, 64-bit integers stay numbers and bytes (digests, ids) are hexadecimal.
+    """
+    return {field.name: _field_value(message, field) for field in message.DESCRIPTOR.fields}
+
+
+def _field_value(message: Message, field: Any) -> object:
+    if field.has_presence and not message.HasField(field.name):
+        return None
+    value = getattr(message, field.name)
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        item = field.message_type.fields_by_name["value"]
+        return {str(key): _plain(value[key], item) for key in sorted(value)}
+    return [_plain(item, field) for item in value] if field.is_repeated else _plain(value, field)
+
+
+def _plain(value: Any, field: Any) -> object:
+    if field.message_type is not None:
+        return message_dict(value)
+    if field.enum_type is not None:
+        return field.enum_type.values_by_number[value].name
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def aligned_text(content: Mapping[str, object]) -> str:
+    """One line per entry, values in one column; an entry that is a table gets a line per entry of its own."""
+    rows = [(key.replace("_", " "), _cell(value)) for key, value in _flat(content)]
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def _flat(content: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key} ")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _cell(value: object) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        case int():
+            return f"{value:,}"
+        case None:
+            return "-"
+        case list() | tuple():
+            return ", ".join(_cell(item) for item in value) or "none"
+        case Mapping():
+            return "none"
+    return str(value)
+
+
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes for people: 812 B, 4.1 kB, 3.2 GB."""
+    if count < 1000:
+        return f"{count} B"
+    size = count / 1000
+    for unit in ("kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """A time span for people: 42s, 3m 07s, 5h 12m, 2d 04h."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
+    return f"{whole // 86_400}d {whole % 86_400 // 3600:02}h"
+
+
+def status_text(reply: StatusReply) -> str:
+    """What a person wants to know about a running node, a line per subject."""
+    loss = f"loss {reply.train_loss:.3f} nats/byte" if reply.HasField("train_loss") else "no loss yet"
+    joined = ""
+    if reply.join_bytes_received < reply.join_bytes_needed:
+        joined = f", joining {bytes_text(reply.join_bytes_received)} of {bytes_text(reply.join_bytes_needed)}"
+    rows = {
+        "state": f"{reply.state}{joined}" + (f": {reply.state_reason}" if reply.state_reason else ""),
+        "run": reply.run_id,
+        "peer": reply.peer_id,
+        "model": f"tier {reply.tier} of 0..{max(reply.tiers, 1) - 1}, {reply.parameters:,} parameters",
+        "swarm": f"slot {reply.slot:,} of {reply.slot_s:g} s, window {reply.window:,}, {reply.peers_live} peers live, "
+        f"clock {reply.clock_offset_s * 1e3:+.0f} ms",
+        "training": f"{loss}, {reply.steps:,} steps, {reply.tokens:,} tokens, {reply.tokens_per_s:,.0f} tokens/s",
+        "merged": f"{reply.certificates:,} certificates, {reply.contributions_merged:,} own contributions in them, "
+        f"{reply.contributions_unacknowledged:,} not acknowledged",
+        "forfeited": _counts(reply.forfeited),
+        "refused": _counts(reply.refused),
+        "traffic": f"{bytes_text(reply.bytes_sent)} sent, {bytes_text(reply.bytes_received)} received",
+        "health": f"up {duration_text(reply.uptime_s)}, generation {reply.generation:,} on disk, "
+        f"loop lag p50 {reply.loop_lag_p50_s * 1e3:.1f} ms, p99 {reply.loop_lag_p99_s * 1e3:.1f} ms",
+        "addresses": "\n           ".join(reply.addresses) or "none",
+    }
+    return "\n".join(f"{name:<9}  {value}" for name, value in rows.items())
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()) if count) or "none"
+
+
+def peers_text(reply: PeersReply) -> str:
+    """A table of the peers, those heard last first."""
+    if not reply.peers:
+        return "no other peers yet"
+    rows = [
+        [
+            peer.peer_id,
+            str(peer.tier),
+            peer.state,
+            f"{duration_text(peer.last_heard_s)} ago",
+            f"{peer.rtt_s * 1e3:.0f} ms" if peer.HasField("rtt_s") else "-",
+            f"{peer.merged:,}",
+            peer.addresses[0] if peer.addresses else "-",
+        ]
+        for peer in sorted(reply.peers, key=lambda peer: peer.last_heard_s)
+    ]
+    return table_text(["PEER", "TIER", "STATE", "HEARD", "RTT", "MERGED", "ADDRESS"], rows)
