@@ -1,0 +1,191 @@
+"""What a running node tells Prometheus: every series by name and meaning, and the measure of the event loop's lag.
+
+Every label value exists from the start, so that a rate is zero rather than absent. No label names a peer: the number of
+series must not grow with the swarm; rows per peer are in the control API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from braniac.node.clock import Clock
+from braniac.protocol.errors import Refusal
+
+STATES = ("starting", "joining", "training", "degraded", "leaving")
+READY_STATES = ("training", "degraded")  # a founder trains alone until others come
+SLOT_OUTCOMES = ("merged", "missed", "no_certificate", "not_held")
+CONTRIBUTION_OUTCOMES = ("merged", "unacknowledged", "refused")
+FORFEIT_REASONS = ("killed", "too_old", "refused", "clipped")
+DIVERGENCES = ("fork", "digest")  # two certificates for one slot; other bytes than the majority
+DIRECTIONS = ("sent", "received")
+TRAFFIC_KINDS = ("message", "payload", "update", "anchor")
+SPLITS = ("train", "validation")
+PHASES = ("compress", "offer", "merge", "fetch", "apply", "checkpoint")
+
+_PHASE_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+_LAG_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_LAG_PERIOD_S = 0.02
+_LAGS_KEPT = 4096
+
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
+
+
+class Metrics:
+    """The series of one node, each a typed attribute, in a registry of their own."""
+
+    def __init__(self, version: str, protocol_version: int) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # otherwise each counter has a second series
+        self.registry = CollectorRegistry(auto_describe=True)
+        ProcessCollector(registry=self.registry)
+        build = Info("braniac_build", "What is running.", registry=self.registry)
+        build.info({"version": version, "protocol": str(protocol_version)})
+        self._state = Gauge("braniac_node_state", "1 for the node's state.", ["state"], registry=self.registry)
+        self._add_rounds(self.registry)
+        self._add_network(self.registry)
+        self._add_training(self.registry)
+        self.set_state("starting")
+
+    def _add_rounds(self, registry: CollectorRegistry) -> None:
+        self.slot = Gauge("braniac_slot", "The slot the swarm is in, by this node's clock.", registry=registry)
+        self.slot_outcomes = Counter(
+            "braniac_slot_outcomes_total", "Slots that ended, by their outcome here.", ["outcome"], registry=registry
+        )
+        self.slot_phase_duration = Histogram(
+            "braniac_slot_phase_duration_seconds",
+            "How long each phase of a slot took.",
+            ["phase"],
+            buckets=_PHASE_BUCKETS_S,
+            registry=registry,
+        )
+        self.certificates = Counter("braniac_certificates_total", "Certificates applied.", registry=registry)
+        self.contributions = Counter(
+            "braniac_contributions_total", "Own contributions, by what came of them.", ["outcome"], registry=registry
+        )
+        self.forfeited = Counter(
+            "braniac_forfeited_total", "Times that own work was given up.", ["reason"], registry=registry
+        )
+        self.divergences = Counter(
+            "braniac_divergences_total", "Disagreements with the swarm that were found.", ["kind"], registry=registry
+        )
+        _fill(self.slot_outcomes, SLOT_OUTCOMES)
+        _fill(self.slot_phase_duration, PHASES)
+        _fill(self.contributions, CONTRIBUTION_OUTCOMES)
+        _fill(self.forfeited, FORFEIT_REASONS)
+        _fill(self.divergences, DIVERGENCES)
+
+    def _add_network(self, registry: CollectorRegistry) -> None:
+        self.peers = Gauge("braniac_peers", "Peers heard lately.", registry=registry)
+        self.clock_offset = Gauge("braniac_clock_offset_seconds", "Swarm time less local time.", registry=registry)
+        self.messages_received = Counter(
+            "braniac_messages_received_total", "Messages from peers, accepted and refused.", registry=registry
+        )
+        self.messages_accepted = Counter(
+            "braniac_messages_accepted_total", "Messages from peers that passed every check.", registry=registry
+        )
+        self.messages_refused = Counter(
+            "braniac_messages_refused_total", "Messages from peers that failed a check.", ["code"], registry=registry
+        )
+        self.net_bytes = Counter(
+            "braniac_net_bytes_total", "Bytes exchanged with peers.", ["direction", "kind"], registry=registry
+        )
+        self.event_loop_lag = Histogram(
+            "braniac_event_loop_lag_seconds",
+            "How much later than asked the event loop woke a task.",
+            buckets=_LAG_BUCKETS_S,
+            registry=registry,
+        )
+        _fill(self.messages_refused, Refusal)
+        _fill(self.net_bytes, DIRECTIONS, TRAFFIC_KINDS)
+
+    def _add_training(self, registry: CollectorRegistry) -> None:
+        self.loss = Gauge("braniac_loss_nats_per_byte", "The latest loss.", ["split"], registry=registry)
+        self.tokens = Counter("braniac_tokens_total", "Tokens trained on.", registry=registry)
+        self.tokens_per_second = Gauge("braniac_tokens_per_second", "Training speed, lately.", registry=registry)
+        self.training_steps = Counter("braniac_training_steps_total", "Inner optimizer steps.", registry=registry)
+        self.checkpoint_generation = Gauge(
+            "braniac_checkpoint_generation", "The last generation that is durable.", registry=registry
+        )
+        self.checkpoint_failures = Counter(
+            "braniac_checkpoint_failures_total", "Generations that could not be written.", registry=registry
+        )
+        for split in SPLITS:
+            self.loss.labels(split).set(float("nan"))  # not yet known, which a zero would not say
+
+    @property
+    def state(self) -> str:
+        """The node's state, one of STATES."""
+        return self._current
+
+    @property
+    def ready(self) -> bool:
+        """Whether the node has joined a run and trains."""
+        return self._current in READY_STATES
+
+    def set_state(self, state: str) -> None:
+        """Enter one of STATES."""
+        assert state in STATES, state
+        self._current = state
+        for other in STATES:
+            self._state.labels(other).set(other == state)
+
+    def accept_message(self) -> None:
+        """Count a message from a peer as received and accepted."""
+        self.messages_received.inc()
+        self.messages_accepted.inc()
+
+    def refuse_message(self, refusal: Refusal) -> None:
+        """Count a message from a peer as received and refused."""
+        self.messages_received.inc()
+        self.messages_refused.labels(refusal.value).inc()
+
+    def exposition(self) -> bytes:
+        """All series, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+def _fill(metric: _Metric, *values: Iterable[str]) -> None:
+    """Make the child of every combination of label values, so that each series starts at zero."""
+    for combination in itertools.product(*values):
+        metric.labels(*combination)
+
+
+class EventLoopLag:
+    """Measures how late the event loop runs what is due, as any other task would suffer it."""
+
+    def __init__(
+        self, histogram: Histogram, clock: Clock, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
+        self._histogram = histogram
+        self._clock = clock
+        self._sleep = sleep
+        self._lags_s: deque[float] = deque(maxlen=_LAGS_KEPT)
+
+    async def run(self) -> None:
+        """Sample until cancelled."""
+        while True:
+            due_s = self._clock.monotonic() + _LAG_PERIOD_S
+            await self._sleep(_LAG_PERIOD_S)
+            lag_s = max(0.0, self._clock.monotonic() - due_s)
+            self._lags_s.append(lag_s)
+            self._histogram.observe(lag_s)
+
+    def quantile(self, q: float) -> float:
+        """The q-quantile in seconds of the last 4096 samples (82 s when idle), nearest rank; 0 before the first."""
+        assert 0 <= q <= 1
+        lags_s = sorted(self._lags_s)
+        return lags_s[min(int(q * len(lags_s)), len(lags_s) - 1)] if lags_s else 0.0
