@@ -274,7 +274,8 @@ def _positions(gaps: Int64Array, counts: Int64Array, tile: Int64Array) -> Int64A
     """Inverse of `_gaps`: positions within their tiles."""
     running = np.cumsum(gaps + 1)
     before = np.concatenate([np.zeros(1, np.int64), running])[np.cumsum(counts) - counts]
-    return running - before[tile] - 1
+    within: Int64Array = running - before[tile] - 1
+    return within
 
 
 def _best_rice(gaps: Int64Array) -> int:

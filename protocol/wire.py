@@ -36,7 +36,7 @@ class CertificateName:
 
 @dataclass(frozen=True)
 class FragmentState:
-    """An anchor as of the last final slot."""
+    """An anchor by its hash."""
 
     fragment: int
     slot: int
@@ -50,10 +50,11 @@ class Heartbeat:
 
     slot: int
     tier: int
-    ready: bool
+    ready_slot: int
+    """Since when its anchors are current and it may sit in committees, -1 while joining."""
     addresses: tuple[str, ...] = ()
     recent: tuple[CertificateName, ...] = ()
-    finals: tuple[FragmentState, ...] = ()
+    anchors: tuple[FragmentState, ...] = ()
     tokens_per_s: float = 0.0
 
 
@@ -250,10 +251,10 @@ def _heartbeat_out(message: Heartbeat) -> pb.Heartbeat:
     return pb.Heartbeat(
         slot=message.slot,
         tier=message.tier,
-        ready=message.ready,
+        ready_slot=message.ready_slot,
         addresses=message.addresses,
         recent=_names_out(message.recent),
-        finals=[pb.FragmentState(fragment=s.fragment, slot=s.slot, digest=s.digest) for s in message.finals],
+        anchors=[pb.FragmentState(fragment=s.fragment, slot=s.slot, digest=s.digest) for s in message.anchors],
         tokens_per_s=message.tokens_per_s,
     )
 
@@ -317,17 +318,17 @@ def open_certificate(data: bytes, run_id: bytes) -> Certificate:
 def _heartbeat_in(message: pb.Heartbeat) -> Heartbeat:
     _require(len(message.addresses) <= limits.ADDRESSES_MAX, "too many addresses")
     _require(all(len(a.encode()) <= limits.ADDRESS_BYTES_MAX for a in message.addresses), "an address is too long")
-    _require(len(message.finals) <= limits.FRAGMENTS_MAX, "too many fragments")
+    _require(len(message.anchors) <= limits.FRAGMENTS_MAX, "too many fragments")
     _require(message.tier < 16, "no such tier")
     _require(0 <= message.tokens_per_s < 1e12, "a speed out of range")
-    finals = tuple(FragmentState(f.fragment, _slot(f.slot, -1), _digest(f.digest)) for f in message.finals)
+    anchors = tuple(FragmentState(f.fragment, _slot(f.slot, -1), _digest(f.digest)) for f in message.anchors)
     return Heartbeat(
         _slot(message.slot, -1),
         message.tier,
-        message.ready,
+        _slot(message.ready_slot, -1),
         tuple(message.addresses),
         _names_in(message.recent),
-        finals,
+        anchors,
         message.tokens_per_s,
     )
 

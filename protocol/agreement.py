@@ -1,0 +1,94 @@
+"""Do we hold the same anchors as the others (I2), and if not, who is right?
+
+Peers compare the hash of an anchor whenever they say they merged the same last slot into it. One mismatch may be a
+message still on its way; two in a row at different slots mean that the sets of certificates differ, and then the
+majority is right (of equal camps the one with the lower hash), and the minority downloads. A joiner is in the same
+position with every fragment.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from braniac.protocol.events import FragmentLost
+from braniac.protocol.history import History
+from braniac.protocol.identity import PeerId
+from braniac.protocol.manifest import Manifest
+from braniac.protocol.roster import Member
+from braniac.protocol.wire import FragmentState
+
+_STRIKES = 2
+
+
+class Agreement:
+    """What this peer holds, against what others say they hold."""
+
+    def __init__(self, manifest: Manifest, me: PeerId, held: tuple[int, ...]) -> None:
+        self._manifest = manifest
+        self._me = me
+        self._held = held
+        self._strikes: dict[int, set[int]] = defaultdict(set)
+        self._asked: dict[int, int] = {}
+        self.mine: dict[int, FragmentState] = {}
+        self.disagreements = 0
+        """Mismatches seen so far, also those that healed by themselves."""
+
+    def set_mine(self, state: FragmentState) -> None:
+        """This anchor is here now."""
+        self.mine[state.fragment] = state
+        self._asked.pop(state.fragment, None)
+
+    def review(self, members: list[Member], now_slot: int, history: History) -> Iterator[FragmentLost]:
+        """After a heartbeat: fragments that have to be downloaded, each asked for at most once a window."""
+        voices = [member for member in members if member.ready_slot >= 0]
+        for fragment in self._held:
+            if now_slot - self._asked.get(fragment, -1 << 60) < self._manifest.window:
+                continue
+            if (choice := self._choose(fragment, voices, now_slot, history)) is not None:
+                self._asked[fragment] = now_slot
+                self._strikes.pop(fragment, None)
+                self.mine.pop(fragment, None)
+                holders = tuple(m.peer for m in voices if m.anchors.get(fragment) == choice)
+                yield FragmentLost(choice, holders)
+
+    def _choose(self, fragment: int, voices: list[Member], now_slot: int, history: History) -> FragmentState | None:
+        """The state to download, or None if ours is fine or it is too early to tell."""
+        mine = self.mine.get(fragment)
+        claims = self._claims(fragment, voices)
+        if not claims:
+            return None
+        if mine is None:
+            # Missing: two peers must agree, unless there is only one to ask.
+            agreed = [s for s, n in claims.items() if n >= min(2, sum(claims.values()))]
+            return max(agreed, key=lambda s: (claims[s], s.slot, s.digest)) if agreed else None
+        if mine.slot <= now_slot - history.horizon:
+            # Too long ago to be repaired by certificates.
+            newer = [s for s in claims if s.slot > mine.slot]
+            return max(newer, key=lambda s: (claims[s], s.slot, s.digest), default=None)
+        return self._judge(mine, claims)
+
+    def _judge(self, mine: FragmentState, claims: dict[FragmentState, int]) -> FragmentState | None:
+        """Compare with those who merged the same last slot."""
+        rivals = {s: n for s, n in claims.items() if s.slot == mine.slot and s.digest != mine.digest}
+        if not rivals:
+            if mine in claims:
+                self._strikes.pop(mine.fragment, None)
+            return None
+        strikes = self._strikes[mine.fragment]
+        if mine.slot not in strikes:
+            self.disagreements += 1
+            strikes.add(mine.slot)
+        best = min(rivals, key=lambda s: (-rivals[s], s.digest))
+        theirs, ours = rivals[best], claims.get(mine, 0) + 1
+        outvoted = theirs > ours or (theirs == ours and best.digest < mine.digest)
+        return best if outvoted and len(strikes) >= _STRIKES else None
+
+    @staticmethod
+    def _claims(fragment: int, voices: Iterable[Member]) -> dict[FragmentState, int]:
+        """How many peers hold which state of the fragment."""
+        claims: dict[FragmentState, int] = defaultdict(int)
+        for member in voices:
+            if (state := member.anchors.get(fragment)) is not None:
+                claims[state] += 1
+        return claims

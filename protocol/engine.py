@@ -1,0 +1,359 @@
+"""The protocol object: fed with messages, answers and `now`; gives back messages to send and events to handle.
+
+It follows aioquic's pattern. It has no clock, no socket and no randomness; `now` is swarm time in seconds and never
+goes backwards. The daemon and the tests drive the same object:
+
+    engine.receive(data, now)                 a message arrived (raises WireError with the refusal to answer)
+    engine.handle_timer(now)                  call at engine.get_timer() or later
+    engine.messages_to_send()                 [(peer, bytes)]
+    engine.next_event()                       see events.py; answers go back through offer, blob_fetched, merged, ...
+
+One slot, from here: SlotBegan -> FragmentDue -> offer() -> commitments to the committee -> owner: BlobWanted,
+MergeDue -> merged() -> proposal, votes -> certificate to everybody -> BlobWanted (the update) -> UpdateDue ->
+anchor_moved().
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any
+
+from braniac.protocol import committee as seats
+from braniac.protocol import events, limits, wire
+from braniac.protocol.agreement import Agreement
+from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.history import History
+from braniac.protocol.identity import Identity, PeerId
+from braniac.protocol.manifest import Manifest
+from braniac.protocol.merge import Merged
+from braniac.protocol.roster import Member, Roster
+from braniac.protocol.rounds import Rounds
+from braniac.protocol.wire import Certificate, FragmentState, Heartbeat, Message
+
+
+class Engine:
+    """The outer protocol of one peer in one run."""
+
+    def __init__(
+        self, manifest: Manifest, identity: Identity, tier: int, *, incarnation: int, now: float, history: History
+    ) -> None:
+        """`incarnation` must grow with every start of an identity; `history` is what was recovered, or new."""
+        assert 0 <= tier < manifest.tiers
+        self.manifest = manifest
+        self.tier = tier
+        self.me = identity.peer_id
+        self.roster = Roster()
+        self.history = history
+        self.addresses: tuple[str, ...] = ()
+        self.tokens_per_s = 0.0
+        self.received = 0
+        self.accepted = 0
+        self.refused: Counter[Refusal] = Counter()
+        self.refused_payloads: Counter[Refusal] = Counter()
+        self.certificates_seen = 0
+        self._identity = identity
+        self._sequence = incarnation << 32
+        self._slot = self._start_slot = manifest.slot_at(now)
+        self._agreement = Agreement(manifest, self.me, manifest.held(tier))
+        self._introduced: dict[PeerId, int] = {}
+        self._asked: dict[bytes, int] = {}
+        self._settled: set[int] = set()
+        self._repeat_at = now
+        self._outbox: list[tuple[PeerId, bytes]] = []
+        self._events: deque[events.Event] = deque()
+        self._rounds = Rounds(manifest, identity, tier, self.roster, self._start_slot, self._send, self._events.append)
+
+    # --- what the daemon calls ---------------------------------------------------------------------------------------
+
+    @property
+    def slot(self) -> int:
+        """The slot the engine is in."""
+        return self._slot
+
+    @property
+    def ready(self) -> bool:
+        return self._rounds.ready_slot >= 0
+
+    def anchors(self) -> Mapping[int, FragmentState]:
+        """Hash and last slot of every anchor this peer holds."""
+        return self._agreement.mine
+
+    def next_event(self) -> events.Event | None:
+        return self._events.popleft() if self._events else None
+
+    def messages_to_send(self) -> list[tuple[PeerId, bytes]]:
+        """Messages since the last call; each may be lost."""
+        out, self._outbox = self._outbox, []
+        return out
+
+    def get_timer(self) -> float:
+        """Swarm time at which `handle_timer` should be called next."""
+        return min(self.manifest.slot_start(self._slot + 1), self._repeat_at, self._rounds.next_deadline())
+
+    def receive(self, data: bytes, now: float) -> None:
+        """A message from a peer. Raises WireError with the reason if it is refused; it is counted either way (I7)."""
+        self.received += 1
+        try:
+            opened = wire.open_envelope(data, self.manifest.run_id)
+            self.roster.check_fresh(opened.sender, opened.sequence)
+            self._dispatch(opened.sender, opened.message)
+        except WireError as error:
+            self.refused[error.refusal] += 1
+            raise
+        self.accepted += 1
+
+    def handle_timer(self, now: float) -> None:
+        """Let time pass: new slots, repeats, rounds that close or end."""
+        while self._slot < self.manifest.slot_at(now):
+            # A peer that slept through many slots wakes up in the present.
+            self._begin_slot(max(self._slot + 1, self.manifest.slot_at(now) - 1))
+        self._rounds.close_due(now)
+        if now >= self._repeat_at:
+            self._repeat_at = now + self.manifest.slot_s / 4
+            self._repeat()
+
+    def introduce(self, peer: PeerId) -> None:
+        """Somebody says this peer exists: greet it until it answers or enough was tried."""
+        if peer != self.me and self.roster.get(peer) is None and len(self._introduced) < limits.ROSTER_PEERS_MAX:
+            self._introduced.setdefault(peer, self._slot)
+            self._send(peer, self._heartbeat())
+
+    def anchor_known(self, state: FragmentState) -> None:
+        """At start: this anchor is on disk, as `history` says."""
+        self._agreement.set_mine(state)
+
+    def set_ready(self) -> None:
+        """All anchors are here: take part from now on."""
+        assert len(self._agreement.mine) == len(self.manifest.held(self.tier))
+        self._rounds.ready_slot = max(0, self._slot)
+        self._broadcast(self._heartbeat())
+
+    def offer(self, slot: int, payload_digest: bytes, payload_bytes: int, weight: int) -> None:
+        """Answer to FragmentDue: the payload is stored durably and can be fetched from here."""
+        self.history.offers[slot] = payload_digest
+        self._rounds.offer(slot, payload_digest, payload_bytes, weight)
+
+    def blob_fetched(self, digest: bytes, ok: bool, now: float) -> None:
+        """Answer to BlobWanted."""
+        if not ok:
+            return  # payloads: the slot closes without it; updates: asked for again with the next repeat
+        self._rounds.payload_arrived(digest, now)
+        for entry in self.history.waiting_for(digest):
+            self._hand_over(entry.certificate)
+
+    def merged(self, slot: int, merged: Merged | None) -> None:
+        """Answer to MergeDue; None if nothing could be admitted."""
+        for _, refusal in merged.refused if merged else ():
+            self.refused_payloads[refusal] += 1
+        if (certificate := self._rounds.merged(slot, merged)) is not None:
+            self._publish(certificate)
+
+    def anchor_moved(self, update: events.UpdateDue, state: FragmentState) -> None:
+        """Answer to UpdateDue: anchor and weights hold it now."""
+        certificate = update.certificate
+        self.history.confirm(certificate, update.acknowledged, undo=update.undo)
+        self._agreement.set_mine(state)
+
+    def fragment_restored(self, state: FragmentState) -> None:
+        """Answer to FragmentLost: the anchor was downloaded and the weights were set to it."""
+        self.history.restore(state.fragment, state.slot)
+        self._agreement.set_mine(state)
+        self._want_updates()
+
+    def goodbye(self) -> None:
+        """Tell everybody that this peer leaves."""
+        self._broadcast(wire.Goodbye(max(0, self._slot)))
+
+    def state(self, offered: tuple[int, bytes] | None = None) -> dict[str, Any]:
+        """What a generation must keep, with an offer that is about to be made."""
+        stored = self.history.to_json()
+        if offered is not None:
+            stored["offers"][str(offered[0])] = offered[1].hex()
+        return stored
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, sender: PeerId, message: Message) -> None:
+        if sender == self.me:
+            raise WireError(Refusal.REPLAYED, "this peer's own message came back, or another peer has its identity")
+        if isinstance(message, Heartbeat):
+            return self._on_heartbeat(sender, message)
+        if self.roster.get(sender) is None:
+            raise WireError(Refusal.UNKNOWN_PEER, "no heartbeat of the sender was heard yet")
+        match message:
+            case wire.Offer(commitment):
+                if commitment.peer != sender:
+                    raise WireError(Refusal.BAD_SIGNATURE, "a commitment of somebody else")
+                self._on_offer(commitment)
+            case wire.Proposal(verdict):
+                self._rounds.check_proposal(sender, verdict)
+            case wire.Vote():
+                if (certificate := self._rounds.count_vote(sender, message)) is not None:
+                    self._publish(certificate)
+            case Certificate():
+                self._check_certificate(message)
+                self._take_certificate(message)
+            case wire.CertificateRequest(names):
+                for name in names[: limits.REQUEST_NAMES_MAX]:
+                    entry = self.history.entry(name.slot)
+                    if entry is not None and entry.certificate.name == name:
+                        self._send(sender, entry.certificate)
+            case wire.Goodbye():
+                self.roster.leave(sender)
+                self._events.append(events.PeerLeft(sender, said_goodbye=True))
+
+    def _on_heartbeat(self, sender: PeerId, heartbeat: Heartbeat) -> None:
+        if heartbeat.tier >= self.manifest.tiers:
+            raise WireError(Refusal.MALFORMED, f"tier {heartbeat.tier} does not exist in this run")
+        member, returned = self.roster.hear(sender, heartbeat, self._slot)
+        self._introduced.pop(sender, None)
+        if returned:
+            self._events.append(events.PeerJoined(sender, member.tier, member.addresses))
+            self._send(sender, self._heartbeat())
+        self._ask_for_missing(member)
+        for lost in self._agreement.review(self.roster.live(self._slot), self._slot, self.history):
+            self.history.lose(lost.state.fragment)
+            self._events.append(lost)
+
+    def _on_offer(self, commitment: wire.Commitment) -> None:
+        try:
+            self._rounds.note_commitment(commitment)
+        except WireError as error:
+            if error.refusal is Refusal.EQUIVOCATION:
+                self.roster.ban(commitment.peer)
+                self._events.append(events.Equivocated(commitment.peer, commitment.slot))
+            raise
+
+    def _ask_for_missing(self, member: Member) -> None:
+        """Anti-entropy: ask for certificates that this peer lists and we lack, each at most once a slot."""
+        horizon = self._slot - self.history.horizon
+        missing = [
+            name
+            for name in sorted(member.recent, key=lambda n: n.slot)
+            if name.slot > horizon
+            and not self.history.covered(name)
+            and self._asked.get(name.digest) != self._slot
+            and not (self.history.entry(name.slot) and self.history.final(name.slot, self._slot))
+        ][: limits.REQUEST_NAMES_MAX]
+        if missing:
+            self._asked.update((name.digest, self._slot) for name in missing)
+            self._send(member.peer, wire.CertificateRequest(tuple(missing)))
+
+    # --- certificates ------------------------------------------------------------------------------------------------
+
+    def _publish(self, certificate: Certificate) -> None:
+        self._broadcast(certificate)
+        self._take_certificate(certificate)
+
+    def _check_certificate(self, certificate: Certificate) -> None:
+        """Signatures were checked when it was read; here: are these peers who may decide that slot?"""
+        verdict = certificate.verdict
+        if verdict.fragment != self.manifest.fragment_of(verdict.slot) or verdict.slot > self._slot + 1:
+            raise WireError(Refusal.MALFORMED, "a certificate of a slot that cannot have one")
+        if verdict.update_bytes > self.manifest.update_bytes_max(verdict.fragment):
+            raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
+        known = [member.peer for member in self.roster] + [self.me]
+        best = set(seats.ranking(self.manifest.run_id, verdict.slot, known)[: limits.CERTIFICATE_RANK_MAX])
+        if all(peer in best for peer, _ in certificate.signatures):
+            return
+        # Its signers may be gone since: then it counts if as many live peers as there are, up to two, have applied it.
+        witnesses = [member for member in self.roster.live(self._slot) if member.ready_slot >= 0]
+        if sum(certificate.name in member.recent for member in witnesses) < max(1, min(2, len(witnesses))):
+            raise WireError(Refusal.NOT_COMMITTEE, "a certificate signed by peers that could not decide that slot")
+
+    def _take_certificate(self, certificate: Certificate) -> None:
+        verdict = certificate.verdict
+        if not self.manifest.holds(self.tier, verdict.fragment):
+            self._settle(verdict.slot, certificate)
+            return
+        news, loser = self.history.accept(certificate, self._slot)
+        if not news:
+            return
+        if loser is not None:
+            self._events.append(events.UpdateDue(loser.certificate, loser.acknowledged, undo=True))
+        self.certificates_seen += 1
+        for share in verdict.shares:
+            if member := self.roster.get(share.commitment.peer):
+                member.merged += 1
+        self._want(certificate)
+
+    def _want(self, certificate: Certificate) -> None:
+        verdict = certificate.verdict
+        signers = [peer for peer, _ in certificate.signatures if peer != verdict.owner]
+        others = [m.peer for m in self.roster.live(self._slot) if certificate.name in m.recent]
+        holders = tuple(dict.fromkeys([verdict.owner, *others, *signers]))
+        self._events.append(events.BlobWanted(verdict.update_digest, verdict.update_bytes, holders))
+
+    def _want_updates(self) -> None:
+        for certificate in self.history.missing_updates():
+            self._want(certificate)
+
+    def _hand_over(self, certificate: Certificate) -> None:
+        """The update is here: apply it, and take back what it holds of this peer's own work."""
+        entry = self.history.entry(certificate.verdict.slot)
+        assert entry is not None
+        share = certificate.verdict.share_of(self.me)
+        mine = self.history.offers.get(certificate.verdict.slot)
+        entry.handed = True
+        entry.acknowledged = mine if share and share.commitment.payload_digest == mine else None
+        self._events.append(events.UpdateDue(certificate, entry.acknowledged))
+        self._settle(certificate.verdict.slot, certificate)
+
+    def _settle(self, slot: int, certificate: Certificate | None) -> None:
+        """Report what became of a slot, once."""
+        if slot in self._settled or slot <= self._start_slot:
+            return
+        self._settled.add(slot)
+        mine = self.history.offers.get(slot)
+        share = certificate.verdict.share_of(self.me) if certificate else None
+        merged = share is not None and share.commitment.payload_digest == mine
+        fragment = self.manifest.fragment_of(slot)
+        self._events.append(events.SlotSettled(slot, fragment, certificate, mine is not None, merged))
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def _begin_slot(self, slot: int) -> None:
+        self._slot = slot
+        fragment = self.manifest.fragment_of(slot)
+        self._events.append(events.SlotBegan(slot, fragment))
+        for member in self.roster.lapsed(slot):
+            self._events.append(events.PeerLeft(member.peer, said_goodbye=False))
+        self._broadcast(self._heartbeat())
+        self._settle(self._rounds.begin_slot(slot), None)
+        self._settled = {s for s in self._settled if s > slot - self.history.horizon}
+        self._asked = {digest: s for digest, s in self._asked.items() if s >= slot - 1}
+        self.history.prune(slot)
+        self.roster.forget(slot)
+        if self.ready and fragment in self.history.last and slot > self._start_slot:
+            self._events.append(events.FragmentDue(slot, fragment))
+
+    def _repeat(self) -> None:
+        """What may have been lost: proposals without enough votes, updates that did not come, greetings."""
+        self._rounds.repeat_proposals()
+        self._want_updates()
+        for peer, since in list(self._introduced.items()):
+            if self._slot > since + 16:
+                del self._introduced[peer]
+            else:
+                self._send(peer, self._heartbeat())
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            self._slot,
+            self.tier,
+            self._rounds.ready_slot,
+            self.addresses[: limits.ADDRESSES_MAX],
+            self.history.recent(self._slot),
+            tuple(self._agreement.mine.values()),
+            self.tokens_per_s,
+        )
+
+    def _broadcast(self, message: Message) -> None:
+        for member in self.roster:
+            if not member.gone and member.heard_slot > self._slot - 64:
+                self._send(member.peer, message)
+
+    def _send(self, peer: PeerId, message: Message) -> None:
+        self._sequence += 1
+        self._outbox.append((peer, wire.seal(self._identity, self.manifest.run_id, self._sequence, message)))

@@ -1,0 +1,115 @@
+"""What the protocol object tells the daemon. Events are to be handled in order; those marked (answer) expect a call
+back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from braniac.protocol.identity import PeerId
+from braniac.protocol.wire import Certificate, FragmentState
+
+
+@dataclass(frozen=True)
+class SlotBegan:
+    """A new slot of the swarm clock."""
+
+    slot: int
+    fragment: int
+
+
+@dataclass(frozen=True)
+class FragmentDue:
+    """Offer the uncommitted work on `fragment` now: encode, store durably, then `Engine.offer` (answer)."""
+
+    slot: int
+    fragment: int
+
+
+@dataclass(frozen=True)
+class BlobWanted:
+    """Fetch a blob, check its hash, then `Engine.blob_fetched` (answer), also when it cannot be had."""
+
+    digest: bytes
+    size: int
+    holders: tuple[PeerId, ...]
+    """Who should have it, best first; a holder may be this peer itself."""
+
+
+@dataclass(frozen=True)
+class MergeDue:
+    """Merge the fetched payloads of a slot this peer owns, store the update, then `Engine.merged` (answer)."""
+
+    slot: int
+    fragment: int
+    contributions: tuple[tuple[PeerId, int, bytes], ...]
+    """(peer, declared tokens, payload digest)"""
+
+
+@dataclass(frozen=True)
+class UpdateDue:
+    """Apply (or undo) a certificate's update to anchor and weights, then `Engine.anchor_moved` (answer)."""
+
+    certificate: Certificate
+    acknowledged: bytes | None
+    """Digest of this peer's own payload if the certificate took it: it is subtracted from the weights."""
+    undo: bool = False
+
+
+@dataclass(frozen=True)
+class FragmentLost:
+    """This anchor is missing, too old or disagrees: download it, then `Engine.fragment_restored` (answer)."""
+
+    state: FragmentState
+    holders: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True)
+class SlotSettled:
+    """What became of a slot: it has a certificate that was applied here, or its time is over."""
+
+    slot: int
+    fragment: int
+    certificate: Certificate | None
+    offered: bool
+    """This peer made an offer for it."""
+    merged: bool
+    """The certificate lists that offer."""
+
+
+@dataclass(frozen=True)
+class PeerJoined:
+    """A peer was heard for the first time, or again after it was gone."""
+
+    peer: PeerId
+    tier: int
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PeerLeft:
+    """A peer said goodbye, or was silent for too long."""
+
+    peer: PeerId
+    said_goodbye: bool
+
+
+@dataclass(frozen=True)
+class Equivocated:
+    """A peer signed two different statements about one slot; it is banned for the run."""
+
+    peer: PeerId
+    slot: int
+
+
+Event = (
+    SlotBegan
+    | FragmentDue
+    | BlobWanted
+    | MergeDue
+    | UpdateDue
+    | FragmentLost
+    | SlotSettled
+    | PeerJoined
+    | PeerLeft
+    | Equivocated
+)

@@ -1,0 +1,138 @@
+"""Who is in the swarm, as far as this peer has heard: heartbeats, liveness, replay windows, bans.
+
+Whether a peer may sit in a committee follows from what its heartbeats say (their slot, since when it is ready), not
+from when they arrived, so peers that heard the same heartbeats agree on the committee.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from braniac.protocol import limits
+from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.identity import PeerId
+from braniac.protocol.wire import CertificateName, FragmentState, Heartbeat
+
+
+@dataclass
+class ReplayWindow:
+    """Which sequence numbers of one sender were seen (as in RFC 6479, with one Python integer as the bitmap)."""
+
+    highest: int = -1
+    seen: int = 0
+
+    def admit(self, sequence: int) -> bool:
+        """Record `sequence`; False if it was seen or is too old to tell."""
+        if sequence > self.highest:
+            shift = min(sequence - self.highest, limits.REPLAY_WINDOW)
+            self.seen = ((self.seen << shift) | 1) & ((1 << limits.REPLAY_WINDOW) - 1)
+            self.highest = sequence
+            return True
+        bit = 1 << (self.highest - sequence)
+        if self.highest - sequence >= limits.REPLAY_WINDOW or self.seen & bit:
+            return False
+        self.seen |= bit
+        return True
+
+
+@dataclass
+class Member:
+    """One peer, from its latest heartbeat."""
+
+    peer: PeerId
+    tier: int
+    ready_slot: int
+    heard_slot: int
+    """Slot its last heartbeat speaks of, never in the future of this peer's clock."""
+    addresses: tuple[str, ...] = ()
+    recent: frozenset[CertificateName] = frozenset()
+    anchors: dict[int, FragmentState] = field(default_factory=dict)
+    tokens_per_s: float = 0.0
+    gone: bool = False
+    merged: int = 0
+    """Contributions of this peer in certificates seen here."""
+
+    def live(self, slot: int) -> bool:
+        return not self.gone and self.heard_slot >= slot - limits.ROSTER_LIVE_SLOTS
+
+    def eligible(self, slot: int) -> bool:
+        """Whether it may sit in the committee of `slot`, and is expected to contribute."""
+        return self.live(slot) and 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS
+
+
+class Roster:
+    """All other peers. Bounded by ROSTER_PEERS_MAX; a full roster forgets the peer silent for longest."""
+
+    def __init__(self) -> None:
+        self._members: dict[PeerId, Member] = {}
+        self._replay: dict[PeerId, ReplayWindow] = {}
+        self.banned: set[PeerId] = set()
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def get(self, peer: PeerId) -> Member | None:
+        return self._members.get(peer)
+
+    def check_fresh(self, peer: PeerId, sequence: int) -> None:
+        """Raises WireError for a banned sender or a replayed message."""
+        if peer in self.banned:
+            raise WireError(Refusal.EQUIVOCATION, "the sender is banned from this run")
+        if not self._replay.setdefault(peer, ReplayWindow()).admit(sequence):
+            raise WireError(Refusal.REPLAYED, f"sequence number {sequence} was seen before")
+        if len(self._replay) > 4 * limits.ROSTER_PEERS_MAX:
+            for stranger in [p for p in self._replay if p not in self._members]:
+                del self._replay[stranger]
+
+    def hear(self, peer: PeerId, heartbeat: Heartbeat, slot: int) -> tuple[Member, bool]:
+        """Note a heartbeat received in `slot`: the member, and whether it is new or came back."""
+        known = self._members.get(peer)
+        if known is None and len(self._members) >= limits.ROSTER_PEERS_MAX:
+            oldest = min(self._members.values(), key=lambda m: m.heard_slot)
+            del self._members[oldest.peer]
+        returned = known is None or not known.live(slot)
+        member = Member(
+            peer,
+            heartbeat.tier,
+            heartbeat.ready_slot,
+            min(heartbeat.slot, slot),
+            heartbeat.addresses,
+            frozenset(heartbeat.recent),
+            {state.fragment: state for state in heartbeat.anchors},
+            heartbeat.tokens_per_s,
+            merged=known.merged if known else 0,
+        )
+        if known is not None:
+            member.heard_slot = max(member.heard_slot, known.heard_slot)
+        self._members[peer] = member
+        return member, returned
+
+    def leave(self, peer: PeerId) -> None:
+        """The peer said goodbye."""
+        if member := self._members.get(peer):
+            member.gone = True
+
+    def ban(self, peer: PeerId) -> None:
+        """Never listen to this peer again in this run."""
+        self.banned.add(peer)
+        self._members.pop(peer, None)
+
+    def live(self, slot: int) -> list[Member]:
+        return [member for member in self if member.live(slot)]
+
+    def eligible(self, slot: int) -> list[Member]:
+        return [member for member in self if member.eligible(slot)]
+
+    def lapsed(self, slot: int) -> list[Member]:
+        """Members that fell silent just now: live one slot ago, not live any more."""
+        return [member for member in self if not member.gone and member.live(slot - 1) and not member.live(slot)]
+
+    def forget(self, slot: int) -> None:
+        """Drop members that were silent for very long."""
+        for member in list(self):
+            if member.heard_slot < slot - limits.ROSTER_FORGET_SLOTS:
+                del self._members[member.peer]

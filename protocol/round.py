@@ -1,0 +1,134 @@
+"""One slot, seen from a committee seat: collect commitments, merge, propose, vote, certify.
+
+The owner (rank 0) pulls the payloads, merges what has arrived when all expected peers are in or half the slot is
+over, and proposes the result; the other seats check the proposal against what they heard themselves and sign at
+most one verdict per slot. Two of three signatures make the certificate. An owner that dies leaves a slot without a
+certificate, which changes nothing for anybody: the work is offered again when the fragment is next due.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from braniac.protocol import committee as seats
+from braniac.protocol import limits, wire
+from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.identity import Identity, PeerId
+from braniac.protocol.wire import Certificate, Commitment, Share, Verdict, Vote
+
+
+class Phase(enum.Enum):
+    """Where an owner stands; other seats stay COLLECTING."""
+
+    COLLECTING = enum.auto()
+    MERGING = enum.auto()
+    PROPOSED = enum.auto()
+    CERTIFIED = enum.auto()
+
+
+@dataclass
+class SlotRound:
+    """State of one slot in which this peer has a seat."""
+
+    run_id: bytes
+    slot: int
+    fragment: int
+    committee: tuple[PeerId, ...]
+    me: PeerId
+    phase: Phase = Phase.COLLECTING
+    commitments: dict[PeerId, Commitment] = field(default_factory=dict)
+    payloads: set[bytes] = field(default_factory=set)
+    """Digests of the payloads that have arrived."""
+    excluded: set[PeerId] = field(default_factory=set)
+    """Equivocators: nothing of theirs is merged."""
+    verdict: Verdict | None = None
+    votes: dict[PeerId, bytes] = field(default_factory=dict)
+    voted: bytes | None = None
+    """Digest of the one verdict this peer has signed for the slot."""
+
+    @property
+    def owned(self) -> bool:
+        """Whether this peer is the owner."""
+        return self.committee[0] == self.me
+
+    def commit(self, commitment: Commitment) -> bool:
+        """Note a contribution's hash; True if its payload should be fetched. Raises WireError on equivocation."""
+        known = self.commitments.get(commitment.peer)
+        if commitment.peer in self.excluded or (known and known.payload_digest != commitment.payload_digest):
+            self.exclude(commitment.peer)
+            raise WireError(Refusal.EQUIVOCATION, "two contributions of one peer to one slot")
+        if len(self.commitments) >= limits.CONTRIBUTIONS_PER_SLOT_MAX:
+            raise WireError(Refusal.OVERLOADED, "too many contributions to one slot")
+        self.commitments[commitment.peer] = commitment
+        return known is None and self.owned and self.phase is Phase.COLLECTING
+
+    def exclude(self, peer: PeerId) -> None:
+        """Drop a peer that signed two different things."""
+        self.excluded.add(peer)
+        self.commitments.pop(peer, None)
+
+    def arrived(self) -> list[Commitment]:
+        """Commitments whose payload is here, in order of peer id."""
+        present = [c for c in self.commitments.values() if c.payload_digest in self.payloads]
+        return sorted(present, key=lambda c: c.peer)
+
+    def may_close(self, expected: Collection[PeerId], *, overdue: bool) -> bool:
+        """Whether the owner should merge now: everybody expected is in, or time is up and something is."""
+        if not self.owned or self.phase is not Phase.COLLECTING:
+            return False
+        present = {commitment.peer for commitment in self.arrived()}
+        return bool(present) and (overdue or present >= set(expected))
+
+    def propose(self, identity: Identity, clips: dict[PeerId, int], update_digest: bytes, update_bytes: int) -> Verdict:
+        """The merge is done: write the verdict and sign it first."""
+        assert self.owned
+        assert self.phase is Phase.MERGING
+        shares = [Share(self.commitments[peer], clip) for peer, clip in clips.items() if peer not in self.excluded]
+        self.verdict = wire.make_verdict(
+            self.run_id, self.slot, self.fragment, self.committee, shares, update_digest, update_bytes
+        )
+        self.phase = Phase.PROPOSED
+        self.votes[self.me] = self.sign(identity, self.verdict).signature
+        return self.verdict
+
+    def sign(self, identity: Identity, verdict: Verdict) -> Vote:
+        """Sign a verdict, at most one per slot. Raises WireError for a second one."""
+        if self.voted not in (None, verdict.digest):
+            raise WireError(Refusal.CONFLICT, f"already signed another verdict for slot {self.slot}")
+        self.voted = verdict.digest
+        return Vote(self.slot, verdict.digest, wire.sign_verdict(identity, verdict.digest))
+
+    def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
+        """Is this what the owner may propose, as far as this seat can see? Raises WireError."""
+        if verdict.committee != self.committee or sender != verdict.owner:
+            raise WireError(Refusal.NOT_COMMITTEE, "a proposal by, or to, another committee")
+        for share in verdict.shares:
+            heard = self.commitments.get(share.commitment.peer)
+            if heard is not None and heard.payload_digest != share.commitment.payload_digest:
+                self.exclude(share.commitment.peer)
+                raise WireError(Refusal.EQUIVOCATION, "a contribution that was announced here with another hash")
+
+    def count(self, sender: PeerId, vote: Vote) -> Certificate | None:
+        """A vote for this owner's proposal: the certificate, once a majority has signed. Raises WireError."""
+        if self.verdict is None or vote.verdict_digest != self.verdict.digest:
+            raise WireError(Refusal.CONFLICT, "a vote for something that was not proposed")
+        if sender not in self.committee:
+            raise WireError(Refusal.NOT_COMMITTEE, "a vote from outside the committee")
+        if not wire.verdict_signed_by(sender, vote.verdict_digest, vote.signature):
+            raise WireError(Refusal.BAD_SIGNATURE, "a vote that its sender did not sign")
+        self.votes[sender] = vote.signature
+        return self.certificate()
+
+    def certificate(self) -> Certificate | None:
+        """The certificate, the first time there is a majority for it."""
+        if self.phase is not Phase.PROPOSED or len(self.votes) < seats.majority(len(self.committee)):
+            return None
+        assert self.verdict is not None
+        self.phase = Phase.CERTIFIED
+        return Certificate(self.verdict, tuple(sorted(self.votes.items())))
+
+    def silent(self) -> list[PeerId]:
+        """Seats that have not voted yet: the proposal is repeated to them."""
+        return [peer for peer in self.committee if peer not in self.votes]

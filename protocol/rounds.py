@@ -1,0 +1,179 @@
+"""The slots that are open now: this peer's own offers, and the rounds in which it has a seat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from braniac.protocol import committee as seats
+from braniac.protocol import events, limits, wire
+from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.identity import Identity, PeerId
+from braniac.protocol.manifest import Manifest
+from braniac.protocol.merge import Merged
+from braniac.protocol.roster import Roster
+from braniac.protocol.round import Phase, SlotRound
+from braniac.protocol.wire import Certificate, Commitment, Message, Verdict, Vote
+
+
+class Rounds:
+    """Open slots, at most a handful: the current one, the next, and those still waiting for signatures."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        identity: Identity,
+        tier: int,
+        roster: Roster,
+        start_slot: int,
+        send: Callable[[PeerId, Message], None],
+        emit: Callable[[events.Event], None],
+    ) -> None:
+        """`start_slot`: nothing is signed for slots up to here, this peer may have done so before a restart."""
+        self._manifest = manifest
+        self._identity = identity
+        self._me = identity.peer_id
+        self._tier = tier
+        self._roster = roster
+        self._start_slot = start_slot
+        self._send = send
+        self._emit = emit
+        self._rounds: dict[int, SlotRound] = {}
+        self.slot = start_slot
+        self.ready_slot = -1
+
+    def begin_slot(self, slot: int) -> int:
+        """Enter `slot`: the slot whose time for a certificate is over now."""
+        self.slot = slot
+        over = slot - limits.PROPOSAL_OPEN_SLOTS - 1
+        self._rounds = {s: r for s, r in self._rounds.items() if s > over}
+        return over
+
+    def next_deadline(self) -> float:
+        """When the next round of this peer's own must close with what it has."""
+        collecting = [s for s, r in self._rounds.items() if r.owned and r.phase is Phase.COLLECTING]
+        return min(map(self._overdue_at, collecting), default=float("inf"))
+
+    def _overdue_at(self, slot: int) -> float:
+        return self._manifest.slot_start(slot) + limits.CLOSE_FRACTION * self._manifest.slot_s
+
+    def offer(self, slot: int, payload_digest: bytes, payload_bytes: int, weight: int) -> None:
+        """Announce this peer's contribution to the committee."""
+        if not slot <= self.slot <= slot + limits.PROPOSAL_OPEN_SLOTS:
+            return  # encoding took too long; the work is still in the weights and is offered when it is next due
+        fragment = self._manifest.fragment_of(slot)
+        weight = max(1, min(weight, limits.WEIGHT_MAX))
+        commitment = wire.make_commitment(
+            self._identity, self._manifest.run_id, slot, fragment, payload_digest, payload_bytes, weight
+        )
+        for peer in self._committee(slot):
+            if peer == self._me:
+                self.note_commitment(commitment)
+            else:
+                self._send(peer, wire.Offer(commitment))
+
+    def note_commitment(self, commitment: Commitment) -> None:
+        """A contribution was announced to this seat. Raises WireError."""
+        self._check_slot(commitment.slot, commitment.fragment)
+        tier = self._tier_of(commitment.peer)
+        if tier is None or not self._manifest.holds(tier, commitment.fragment):
+            raise WireError(Refusal.UNKNOWN_PEER, "a contribution of a peer that does not hold the fragment")
+        if commitment.payload_bytes > self._manifest.contribution_bytes_max(commitment.fragment):
+            raise WireError(Refusal.OVERSIZE, f"a contribution of {commitment.payload_bytes} bytes")
+        current = self._seat(commitment.slot)
+        if current.commit(commitment):
+            self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, (commitment.peer,)))
+
+    def payload_arrived(self, digest: bytes, now: float) -> None:
+        """A blob is here; if it is a contribution, a round may close."""
+        for current in list(self._rounds.values()):
+            if any(c.payload_digest == digest for c in current.commitments.values()):
+                current.payloads.add(digest)
+                self._try_close(current, now)
+
+    def close_due(self, now: float) -> None:
+        """Close the rounds whose time is up."""
+        for current in list(self._rounds.values()):
+            self._try_close(current, now)
+
+    def _try_close(self, current: SlotRound, now: float) -> None:
+        """If this peer owns the slot and it is time, ask for the merge."""
+        slot, fragment = current.slot, current.fragment
+        expected = [m.peer for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment)]
+        if self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and slot > self._start_slot:
+            expected.append(self._me)
+        if current.may_close(expected, overdue=now >= self._overdue_at(slot)):
+            current.phase = Phase.MERGING
+            arrived = tuple((c.peer, c.weight, c.payload_digest) for c in current.arrived())
+            self._emit(events.MergeDue(slot, fragment, arrived))
+
+    def merged(self, slot: int, merged: Merged | None) -> Certificate | None:
+        """The merge of an own slot is done: propose it. A committee of one certifies at once."""
+        current = self._rounds.get(slot)
+        if current is None or current.phase is not Phase.MERGING:
+            return None
+        if merged is None:
+            del self._rounds[slot]
+            return None
+        verdict = current.propose(self._identity, dict(merged.admitted), merged.digest, len(merged.update))
+        for peer in current.silent():
+            self._send(peer, wire.Proposal(verdict))
+        return current.certificate()
+
+    def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
+        """Sign an owner's proposal, or raise WireError."""
+        self._check_slot(verdict.slot, verdict.fragment)
+        if verdict.slot <= self._start_slot:
+            raise WireError(Refusal.NOT_READY, "this peer may have signed for that slot before it was restarted")
+        current = self._seat(verdict.slot)
+        current.check_proposal(sender, verdict)
+        for share in verdict.shares:
+            tier = self._tier_of(share.commitment.peer)
+            if tier is None or not self._manifest.holds(tier, verdict.fragment):
+                raise WireError(Refusal.UNKNOWN_PEER, "a proposal with a contribution of an unknown peer")
+        if verdict.update_bytes > self._manifest.update_bytes_max(verdict.fragment):
+            raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
+        self._send(sender, current.sign(self._identity, verdict))
+
+    def count_vote(self, sender: PeerId, vote: Vote) -> Certificate | None:
+        """A vote for an own proposal: the certificate, once a majority has signed. Raises WireError."""
+        current = self._rounds.get(vote.slot)
+        if current is None:
+            raise WireError(Refusal.STALE, f"a vote for slot {vote.slot}, which is over")
+        return current.count(sender, vote)
+
+    def repeat_proposals(self) -> None:
+        """Ask the seats that have not voted once more."""
+        for current in self._rounds.values():
+            if current.phase is Phase.PROPOSED and current.verdict is not None:
+                for peer in current.silent():
+                    self._send(peer, wire.Proposal(current.verdict))
+
+    def _committee(self, slot: int) -> tuple[PeerId, ...]:
+        eligible = [member.peer for member in self._roster.eligible(slot)]
+        if 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS:
+            eligible.append(self._me)
+        return seats.committee(self._manifest.run_id, slot, eligible)
+
+    def _seat(self, slot: int) -> SlotRound:
+        """The round of `slot`. Raises WireError if this peer has no seat in it."""
+        if slot not in self._rounds:
+            committee = self._committee(slot)
+            if self._me not in committee:
+                raise WireError(Refusal.NOT_COMMITTEE, f"this peer has no seat in slot {slot}")
+            fragment = self._manifest.fragment_of(slot)
+            self._rounds[slot] = SlotRound(self._manifest.run_id, slot, fragment, committee, self._me)
+        return self._rounds[slot]
+
+    def _tier_of(self, peer: PeerId) -> int | None:
+        if peer == self._me:
+            return self._tier
+        member = self._roster.get(peer)
+        return member.tier if member else None
+
+    def _check_slot(self, slot: int, fragment: int) -> None:
+        if fragment != self._manifest.fragment_of(slot):
+            raise WireError(Refusal.MALFORMED, f"fragment {fragment} is not due in slot {slot}")
+        if slot > self.slot + 1:
+            raise WireError(Refusal.EARLY, f"slot {slot} has not begun")
+        if slot < self.slot - limits.PROPOSAL_OPEN_SLOTS:
+            raise WireError(Refusal.STALE, f"slot {slot} is over")
