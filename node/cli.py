@@ -1,23 +1,23 @@
 """The command line: what each verb takes. Results go to stdout, logs and errors to stderr.
 
-torch, hivemind and grpc are imported inside the command that needs them, so that `--help` answers at once.
+torch, hivemind, grpc, even pydantic are imported inside the command that needs them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from braniac.node import commands
-from braniac.node.config import NodeConfig, SwarmOptions
 from braniac.node.failures import explain
-from braniac.node.settings_merge import load_config, parse_tiers, render_toml, split_addresses
 from braniac.protocol.limits import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from braniac.node.config import NodeConfig
 
 app = typer.Typer(
     name="braniac-node",
@@ -53,6 +53,8 @@ def _global_options(
 
 def _config(file: Path | None, sets: Sequence[str] | None, **flags: object) -> NodeConfig:
     """Configuration from all five layers; a flag's keyword is its setting's key with `__` for the dot."""
+    from braniac.node.settings_merge import load_config
+
     return load_config(file, os.environ, sets or (), {key.replace("__", "."): flag for key, flag in flags.items()})
 
 
@@ -91,8 +93,8 @@ def join(
     settings = _config(
         config,
         set_,
-        network__peers=split_addresses(peers),
-        network__listen=split_addresses(listen),
+        network__peers=commands.split_addresses(peers),
+        network__listen=commands.split_addresses(listen),
         network__run_id=run_id,
         run__preset=preset,
         train__tier=tier,
@@ -221,7 +223,7 @@ def evaluate(
       braniac-node evaluate --tiers 0,3 --json
     """
     settings = _config(config, set_, state__dir=state_dir, data__paths=data)
-    wanted = None if tiers is None else parse_tiers(tiers)
+    wanted = None if tiers is None else commands.parse_tiers(tiers)
     from braniac.node import offline
 
     result = offline.evaluate(settings.state.dir, data=settings.data.paths, tiers=wanted)
@@ -250,17 +252,13 @@ def swarm(
     Example:
       braniac-node swarm --nodes 4 --tiers 0,1,2,3 --seconds 120 --kill 2 --json
     """
+    from braniac.node.config import SwarmOptions
+
+    preset = _config(None, None, run__preset=preset).run.preset
     options = SwarmOptions(
-        nodes=nodes,
-        tiers=parse_tiers(tiers),
-        seconds=seconds,
-        kill=kill,
-        seed=seed,
-        preset=_config(None, None, run__preset=preset).run.preset,
-        slot_s=slot_s,
-        keep_dir=keep_dir,
-        json=json,
-    )
+        nodes=nodes, tiers=commands.parse_tiers(tiers), seconds=seconds, kill=kill, seed=seed, preset=preset,
+        slot_s=slot_s, keep_dir=keep_dir, json=json,
+    )  # fmt: skip
     from braniac.node.swarm import run_swarm
 
     report = run_swarm(options)
@@ -270,6 +268,8 @@ def swarm(
 @app.command()
 def version() -> None:
     """Print the version of the program and of the protocol."""
+    from importlib.metadata import version as package_version
+
     typer.echo(f"braniac-node {package_version('braniac-node')}, protocol {PROTOCOL_VERSION}")
 
 
@@ -282,6 +282,8 @@ def config_show(state_dir: StateDir = None, config: ConfigFile = None, set_: Set
       braniac-node config show > node.toml
       braniac-node config show --config node.toml --set train.tier=2
     """
+    from braniac.node.settings_merge import render_toml
+
     typer.echo(render_toml(_config(config, set_, state__dir=state_dir)), nl=False)
 
 

@@ -1,16 +1,34 @@
-"""What commands print on stdout: replies of the daemon and reports, as JSON or for people."""
+"""What commands read from their arguments, and what they print on stdout: as JSON or for people."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from braniac.node.errors import ConfigError
 
 if TYPE_CHECKING:  # protobuf and grpc load only for the commands that talk to a daemon
     from google.protobuf.message import Message
 
     from braniac.node.control_pb2 import PeersReply, StatusReply
+
+
+def split_addresses(texts: Sequence[str] | None) -> list[str] | None:
+    """Addresses from a repeated option whose values may hold several, separated by commas or spaces."""
+    if texts is None:
+        return None
+    return [address for text in texts for address in re.split(r"[,\s]+", text) if address]
+
+
+def parse_tiers(text: str) -> tuple[int, ...]:
+    """Tiers written as "0,1,2,3". Raises ConfigError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part in {"0", "1", "2", "3"} for part in parts):
+        raise ConfigError(f"--tiers {text!r} is not a list of tiers: write numbers from 0 to 3, as in --tiers 0,1,2,3")
+    return tuple(int(part) for part in parts)
 
 
 def json_text(content: object) -> str:

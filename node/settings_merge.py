@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,21 +199,6 @@ def _expected(error: ErrorDetails) -> str:
 def _shown(value: object) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def split_addresses(texts: Sequence[str] | None) -> list[str] | None:
-    """Addresses from a repeated option whose values may hold several, separated by commas or spaces."""
-    if texts is None:
-        return None
-    return [address for text in texts for address in re.split(r"[,\s]+", text) if address]
-
-
-def parse_tiers(text: str) -> tuple[int, ...]:
-    """Tiers written as "0,1,2,3". Raises ConfigError."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part in {"0", "1", "2", "3"} for part in parts):
-        raise ConfigError(f"--tiers {text!r} is not a list of tiers: write numbers from 0 to 3, as in --tiers 0,1,2,3")
-    return tuple(int(part) for part in parts)
 
 
 def render_toml(config: NodeConfig) -> str:

@@ -220,3 +220,14 @@ def test_bytes_for_people(count: int, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (187, "3m 07s"), (18_725, "5h 12m"), (187_300, "2d 04h")])
 def test_durations_for_people(seconds: float, text: str) -> None:
     assert commands.duration_text(seconds) == text
+
+
+def test_addresses_come_separated_by_commas_or_spaces() -> None:
+    assert commands.split_addresses(["a, b", "c d,e", ""]) == ["a", "b", "c", "d", "e"]
+    assert commands.split_addresses(None) is None
+
+
+def test_tiers() -> None:
+    assert commands.parse_tiers("0, 3,3") == (0, 3, 3)
+    with pytest.raises(ConfigError, match="--tiers '0,4' is not a list of tiers"):
+        commands.parse_tiers("0,4")

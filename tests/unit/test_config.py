@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from braniac.node.config import NodeConfig, default_state_dir
 from braniac.node.errors import ConfigError
-from braniac.node.settings_merge import load_config, parse_tiers, render_toml, split_addresses
+from braniac.node.settings_merge import load_config, render_toml
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 
@@ -190,14 +190,3 @@ def test_no_text_whatever_gets_a_traceback(key: str, value: str) -> None:
             load(text)
         except ConfigError:
             continue
-
-
-def test_addresses_come_separated_by_commas_or_spaces() -> None:
-    assert split_addresses(["a, b", "c d,e", ""]) == ["a", "b", "c", "d", "e"]
-    assert split_addresses(None) is None
-
-
-def test_tiers() -> None:
-    assert parse_tiers("0, 3,3") == (0, 3, 3)
-    with pytest.raises(ConfigError, match="--tiers '0,4' is not a list of tiers"):
-        parse_tiers("0,4")
