@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ TEXT_SUFFIXES = frozenset(
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 256 * 4
-# Tests and vendored packages differ between installations, character tables are no language.
+# Tests, installed packages and build records differ between machines; character tables are no language.
 STDLIB_SKIPPED = frozenset(
     ("__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo")
 )
@@ -60,7 +61,10 @@ class TextSource:
 
     def load(self, vocab_size: int) -> Corpus:
         """Read everything (.bin shards are mapped, not read). Raises DataError."""
-        files = list(self._files())
+        try:
+            files = list(self._files())
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from error
         if not files:
             raise DataError(
                 f"no readable text files in {self.name}: name files, or folders with .txt, .md or .py files."
@@ -101,13 +105,11 @@ class TextSource:
 
 
 def _walk(root: Path, suffixes: frozenset[str], skipped: frozenset[str]) -> Iterator[tuple[str, Path]]:
-    found = ((path.relative_to(root), path) for path in root.rglob("*"))
-    for relative, path in sorted((relative.as_posix(), path) for relative, path in found):
-        folders_and_name = relative.split("/")
-        if skipped.intersection(folders_and_name) or any(
-            part.startswith((".", "_sysconfig")) for part in folders_and_name
-        ):
-            continue
+    found = []
+    for folder, subfolders, names in os.walk(root):  # prunes, where rglob would enter site-packages
+        subfolders[:] = [name for name in subfolders if name not in skipped and not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith((".", "_sysconfigdata"))]
+    for relative, path in sorted((path.relative_to(root).as_posix(), path) for path in found):
         if path.suffix.lower() in suffixes and path.is_file():
             yield relative, path
 

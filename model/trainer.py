@@ -25,7 +25,7 @@ from braniac.model.tiers import EMBEDDING, HEAD, is_ffn, parameter_count, parame
 class TrainSettings:
     """How a peer trains. Two peers of one run may differ in all of it but the seed."""
 
-    learning_rate: float = 0.03
+    learning_rate: float = 0.02
     """Muon's: the length by which one step moves each direction of a matrix."""
 
     adam_learning_rate: float = 0.01
@@ -65,6 +65,7 @@ class Trainer:
     """A model of one tier, its optimizer and its place in the data."""
 
     def __init__(self, config: ModelConfig, tier: int, batches: Batches, settings: TrainSettings) -> None:
+        assert (batches.context, batches.batch_size) == (config.context, settings.batch), "batches of another shape"
         self.config = config
         self.tier = tier
         self.batches = batches
@@ -163,14 +164,14 @@ def memory_bytes_needed(config: ModelConfig, tier: int, settings: TrainSettings)
     """Estimate of what a Trainer of this tier adds to the process at its peak, in bytes; torch itself comes on top.
 
     Weights, gradients and momentum for all parameters and a second moment for embedding and head; on top, whichever is
-    larger, the activations kept for the backward pass or the temporaries of the largest orthogonalisation.
+    larger, the activations kept for the backward pass or the optimizer's temporaries. Counted from the code and
+    corrected by measurement: within a third of the resident memory of both presets.
     """
     d, width, layers = config.hidden_size, tier_width(config, tier), config.num_hidden_layers
     shapes = parameter_shapes(config, tier)
     parameters = parameter_count(config, tier)
     tables = sum(math.prod(shapes[name]) for name in (EMBEDDING, HEAD))
     positions = settings.batch * config.context
-    kept = positions * layers * (14 * d + 3 * width)
-    logits = positions * config.vocab_size * 4
-    orthogonalised = 4 * layers * max(2 * width * d, 3 * d * d)
-    return 4 * (3 * parameters + tables + max(kept + logits, orthogonalised))
+    activations = positions * (layers * (20 * d + 3 * width) + 4 * config.vocab_size)
+    updates = parameters - tables + 4 * layers * max(2 * width * d, 3 * d * d)  # all momenta, one batch orthogonalised
+    return 4 * (3 * parameters + tables + max(activations, updates))
