@@ -94,8 +94,6 @@ class Store:
         """Let another process have the directory. Harmless when repeated."""
         self._lock.release()
 
-    # Blobs
-
     def put(self, data: bytes | memoryview) -> bytes:
         """Store `data` durably and return its SHA-256 (32 bytes); free if it is here already. Raises DiskFull."""
         view = memoryview(data).cast("B")
@@ -136,8 +134,6 @@ class Store:
         assert length >= 0
         with self._open(digest) as file:
             return os.pread(file.fileno(), length, offset)
-
-    # Generations
 
     def commit(self, content: dict[str, JSON], refs: Iterable[bytes]) -> int:
         """Make a generation of `content` and the blobs `refs`, all of them put before; return its number.
@@ -235,8 +231,6 @@ class Store:
             found = hashlib.file_digest(file, "sha256").digest()
         if found != digest:
             raise self._damaged(digest)
-
-    # Files
 
     @contextlib.contextmanager
     def _open(self, digest: bytes) -> Iterator[FileIO]:
