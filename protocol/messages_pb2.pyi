@@ -27,10 +27,8 @@ class Request(_message.Message):
     ENVELOPE_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def envelope(self) -> Global___Envelope:
-        """a signed message for the protocol object"""
-
+    envelope: _builtins.bytes
+    """a serialised Envelope, for the protocol object"""
     @_builtins.property
     def chunk(self) -> Global___ChunkRequest:
         """a piece of an immutable blob"""
@@ -42,7 +40,7 @@ class Request(_message.Message):
     def __init__(
         self,
         *,
-        envelope: Global___Envelope | None = ...,
+        envelope: _builtins.bytes = ...,
         chunk: Global___ChunkRequest | None = ...,
         manifest: Global___ManifestRequest | None = ...,
     ) -> None: ...

@@ -79,7 +79,7 @@ def test_every_series_exists_from_the_start() -> None:
         assert found["braniac_messages_refused_total", frozenset({refusal.value})] == 0
     for outcome in ("merged", "missed", "no_certificate"):
         assert found["braniac_slot_outcomes_total", frozenset({outcome})] == 0
-    assert found["braniac_net_bytes_total", frozenset({"sent", "payload"})] == 0
+    assert found["braniac_net_bytes_total", frozenset({"sent", "blob"})] == 0
     assert found["process_open_fds", frozenset()] > 0
     assert not [name for name, _ in found if name.endswith("_created")]
     assert {name for name, _ in found if not name.startswith(("braniac_", "process_"))} == set()

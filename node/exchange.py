@@ -1,0 +1,222 @@
+"""Requests between peers, above the transport: signed messages, chunks of blobs, the run's manifest.
+
+Everything bulky is pulled by hash in chunks of bounded size, each an own call with a deadline, from whoever has it; whatever arrives
+is checked against its hash before anybody sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+
+import structlog
+from google.protobuf.message import DecodeError
+
+from braniac.node.clock import Clock, SwarmClock
+from braniac.node.errors import NodeError
+from braniac.node.metrics import Metrics
+from braniac.node.store import BlobMissing, Store
+from braniac.node.transport import Transport, Unreachable
+from braniac.protocol import limits
+from braniac.protocol import messages_pb2 as pb
+from braniac.protocol.engine import Engine
+from braniac.protocol.errors import ManifestError, Refusal, WireError
+from braniac.protocol.identity import PeerId, short_name
+from braniac.protocol.manifest import Manifest, open_manifest
+
+log = structlog.get_logger(__name__)
+
+_CHUNKS_AT_A_TIME = 4
+
+
+class BlobUnavailable(NodeError):
+    """No holder could deliver a blob."""
+
+
+class Exchange:
+    """Answers peers' requests, and asks them."""
+
+    def __init__(self, store: Store, metrics: Metrics, clock: Clock, swarm_clock: SwarmClock, call_timeout_s: float):
+        self.engine: Engine | None = None
+        """Set once the run is known; before that, messages are refused."""
+        self.on_input: Callable[[], None] = lambda: None
+        """Called after a message reached the engine."""
+        self.manifest: tuple[bytes, bytes] | None = None
+        """Signed manifest, as it is given to joiners."""
+        self.synchronised = False
+        """Whether this node's swarm clock may be believed by others."""
+        self._store = store
+        self._metrics = metrics
+        self._clock = clock
+        self._swarm_clock = swarm_clock
+        self._timeout_s = call_timeout_s
+        self.sent_bytes = 0
+        self.received_bytes = 0
+
+    # --- answering ---------------------------------------------------------------------------------------------------
+
+    async def answer(self, peer: PeerId, data: bytes) -> bytes:
+        """Reply to one request; never raises for what a peer may have sent."""
+        reply, kind = pb.Reply(swarm_time_s=self._swarm_clock.now() if self.synchronised else 0.0), "message"
+        try:
+            request = pb.Request.FromString(data)
+            match request.WhichOneof("kind"):
+                case "envelope":
+                    self._receive(request.envelope)
+                case "chunk":
+                    kind = "blob"
+                    await self._read_chunk(request.chunk, reply)
+                case "manifest":
+                    self._give_manifest(reply)
+                case _:
+                    raise WireError(Refusal.MALFORMED, "an empty request")
+        except DecodeError:
+            reply.refusal = Refusal.MALFORMED.value
+            self._metrics.refuse_message(Refusal.MALFORMED)
+        except WireError as error:
+            reply.refusal = error.refusal.value
+        out = reply.SerializeToString()
+        self._count(sent=len(out), received=len(data), kind=kind)
+        return out
+
+    def _receive(self, envelope: bytes) -> None:
+        if self.engine is None:
+            raise WireError(Refusal.NOT_READY, "this peer has not joined a run yet")
+        try:
+            self.engine.receive(envelope, self._swarm_clock.now())
+        except WireError as error:
+            self._metrics.refuse_message(error.refusal)
+            log.debug("refused a message", reason=str(error))
+            raise
+        else:
+            self._metrics.accept_message()
+        finally:
+            self.on_input()
+
+    async def _read_chunk(self, request: pb.ChunkRequest, reply: pb.Reply) -> None:
+        if len(request.digest) != 32 or request.length > limits.CHUNK_BYTES_MAX:
+            raise WireError(Refusal.MALFORMED, "a chunk request out of bounds")
+        size = self._store.size(request.digest)
+        if size is None or request.offset > size:
+            raise WireError(Refusal.NOT_READY, "no such blob here")
+        try:
+            reply.chunk = await asyncio.to_thread(self._store.read, request.digest, request.offset, request.length)
+        except BlobMissing:
+            raise WireError(Refusal.NOT_READY, "no such blob here") from None
+        reply.blob_bytes = size
+
+    def _give_manifest(self, reply: pb.Reply) -> None:
+        if self.manifest is None:
+            raise WireError(Refusal.NOT_READY, "this peer has not joined a run yet")
+        signed = pb.SignedManifest(body=self.manifest[0], signature=self.manifest[1])
+        reply.manifest = signed.SerializeToString()
+
+    # --- asking ------------------------------------------------------------------------------------------------------
+
+    async def send(self, transport: Transport, peer: PeerId, envelope: bytes) -> bool:
+        """Deliver a message; whether the peer answered at all. What is lost is repeated by the protocol, not here."""
+        request = pb.Request(envelope=envelope)
+        try:
+            await self._call(transport, peer, request, "message")
+        except Unreachable as error:
+            log.debug("could not deliver a message", peer=short_name(peer), reason=error.detail)
+            return False
+        return True
+
+    async def ask_manifest(self, transport: Transport, peer: PeerId) -> tuple[Manifest, bytes, bytes]:
+        """The run that `peer` takes part in, checked. Raises Unreachable, ManifestError."""
+        request = pb.Request(manifest=pb.ManifestRequest(protocol_version=limits.PROTOCOL_VERSION))
+        reply = await self._call(transport, peer, request, "message")
+        if reply.refusal:
+            raise ManifestError(f"peer {short_name(peer)} has no run to join ({reply.refusal})")
+        try:
+            signed = pb.SignedManifest.FromString(reply.manifest)
+        except DecodeError:
+            raise ManifestError(f"peer {short_name(peer)} sent something that is not a manifest") from None
+        return open_manifest(signed.body, signed.signature), signed.body, signed.signature
+
+    async def fetch(
+        self,
+        transport: Transport,
+        digest: bytes,
+        size: int,
+        holders: Sequence[PeerId],
+        on_bytes: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Bring a blob into the store, trying the holders in turn. Raises BlobUnavailable, DiskFull."""
+        if self._store.has(digest):
+            return
+        reasons = []
+        for holder in holders:
+            if holder == transport.peer_id:
+                continue
+            try:
+                data = await self._pull(transport, holder, digest, size, on_bytes)
+            except (Unreachable, BlobUnavailable) as error:
+                reasons.append(str(error))
+                continue
+            stored = await asyncio.to_thread(self._store.put, data)
+            assert stored == digest
+            return
+        why = "; ".join(reasons) or "nobody else has it"
+        raise BlobUnavailable(f"blob {digest.hex()[:8]} cannot be had now ({why})")
+
+    async def _pull(
+        self,
+        transport: Transport,
+        holder: PeerId,
+        digest: bytes,
+        size: int,
+        on_bytes: Callable[[int], None],
+    ) -> bytes:
+        """The whole blob from one holder, in a few chunks at a time, checked against its hash."""
+        data = bytearray(size)
+        offsets = iter(range(0, size, limits.CHUNK_BYTES_MAX))
+
+        async def worker() -> None:
+            for offset in offsets:
+                length = min(limits.CHUNK_BYTES_MAX, size - offset)
+                request = pb.Request(chunk=pb.ChunkRequest(digest=digest, offset=offset, length=length))
+                reply = await self._call(transport, holder, request, "blob")
+                if reply.refusal or len(reply.chunk) != length or reply.blob_bytes != size:
+                    raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({reply.refusal or 'short'})")
+                data[offset : offset + length] = reply.chunk
+                on_bytes(length)
+
+        workers = min(_CHUNKS_AT_A_TIME, -(-size // limits.CHUNK_BYTES_MAX))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(workers):
+                    group.create_task(worker())
+        except* (Unreachable, BlobUnavailable) as errors:
+            raise errors.exceptions[0] from None
+        if await asyncio.to_thread(_sha256, data) != digest:
+            self._metrics.refuse_message(Refusal.WRONG_DIGEST)
+            raise BlobUnavailable(f"peer {short_name(holder)} sent other bytes than their hash says")
+        return bytes(data)
+
+    async def _call(self, transport: Transport, peer: PeerId, request: pb.Request, kind: str) -> pb.Reply:
+        data = request.SerializeToString()
+        sent_at = self._clock.monotonic()
+        self._count(sent=len(data), received=0, kind=kind)
+        answer = await transport.call(peer, data, timeout_s=self._timeout_s)
+        self._count(sent=0, received=len(answer), kind=kind)
+        try:
+            reply = pb.Reply.FromString(answer)
+        except DecodeError:
+            self._metrics.refuse_message(Refusal.MALFORMED)
+            return pb.Reply(refusal=Refusal.MALFORMED.value)
+        if reply.swarm_time_s > 0:
+            self._swarm_clock.observe(peer, reply.swarm_time_s, sent_at, self._clock.monotonic())
+        return reply
+
+    def _count(self, *, sent: int, received: int, kind: str) -> None:
+        self.sent_bytes += sent
+        self.received_bytes += received
+        self._metrics.net_bytes.labels("sent", kind).inc(sent)
+        self._metrics.net_bytes.labels("received", kind).inc(received)
+
+
+def _sha256(data: bytearray) -> bytes:
+    return hashlib.sha256(data).digest()

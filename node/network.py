@@ -1,0 +1,157 @@
+"""This node's way to its peers, kept alive: the libp2p transport, the run's directory, the people to knock at.
+
+Nothing here gives up: a dead libp2p daemon is replaced, an address that does not answer is tried for ever, less and less often and
+never in step with others. Meanwhile the node trains alone and says "degraded: 0 peers".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import structlog
+
+from braniac.node.clock import Clock
+from braniac.node.config import NetworkSection
+from braniac.node.directory import Directory, Record
+from braniac.node.errors import NodeError
+from braniac.node.p2pd import P2pdOptions
+from braniac.node.transport import Handler, Transport, Unreachable, parse_address
+from braniac.node.transport_libp2p import LibP2PTransport
+from braniac.protocol import limits
+from braniac.protocol.identity import Identity, PeerId, short_name
+
+log = structlog.get_logger(__name__)
+
+_RETRY_S_MIN = 0.5
+_RETRY_S_MAX = 60.0
+_RECORD_TTL_S = 120.0
+_LOOK_S = 10.0  # between two looks into the directory
+
+
+class Network:
+    """Transport and directory, each replaced when it dies. `start` first, then the `keep_...` tasks."""
+
+    def __init__(self, settings: NetworkSection, identity_path: Path, identity: Identity, clock: Clock) -> None:
+        """Raises ConfigError for a malformed address."""
+        self.bootstrap = [parse_address(text) and text for text in settings.peers]
+        self.failures: dict[str, str] = {}
+        """Addresses that do not answer, and why."""
+        self._settings = settings
+        self._identity_path = identity_path
+        self._identity = identity
+        self._clock = clock
+        self._handler: Handler | None = None
+        self._transport: Transport | None = None
+        self._directory: Directory | None = None
+        self._run_id: bytes | None = None
+        self._known: dict[PeerId, tuple[str, ...]] = {}
+
+    @property
+    def transport(self) -> Transport:
+        """The living transport."""
+        assert self._transport is not None, "start() comes first"
+        return self._transport
+
+    async def start(self, handler: Handler) -> None:
+        """Bind and answer requests. Raises ConfigError, ResourceError."""
+        self._handler = handler
+        options = P2pdOptions(listen=self._settings.listen, announce=self._settings.announce)
+        transport = await LibP2PTransport.start(self._identity_path, options)
+        await transport.serve(handler)
+        for peer, addresses in self._known.items():
+            transport.remember(peer, addresses)
+        self._transport = transport
+
+    async def close(self) -> None:
+        """Stop answering."""
+        if self._transport is not None:
+            await self._transport.close()
+
+    async def keep_alive(self) -> None:
+        """Replace the transport whenever it dies."""
+        while True:
+            await self.transport.wait_failed()
+            log.warning("the libp2p daemon died, starting another")
+            for delay_s in _delays():
+                try:
+                    assert self._handler is not None
+                    await self.start(self._handler)
+                    if self._run_id is not None:
+                        await self.open_directory(self._run_id)
+                    break
+                except NodeError as error:
+                    log.warning("the libp2p daemon does not start", reason=str(error))
+                    await asyncio.sleep(delay_s)
+
+    async def open_directory(self, run_id: bytes) -> None:
+        """Take part in the run's DHT."""
+        self._run_id = run_id
+        self._directory = await Directory.create(self.transport, run_id, self._identity, self._clock)
+
+    def remember(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Where a peer said it can be dialled."""
+        if peer != self._identity.peer_id and addresses and len(self._known) < limits.ROSTER_PEERS_MAX:
+            self._known[peer] = tuple(addresses)
+            self.transport.remember(peer, addresses)
+
+    def known_peers(self) -> dict[PeerId, tuple[str, ...]]:
+        """Everybody with an address, for the next start."""
+        return dict(self._known)
+
+    async def keep_knocking(self, addresses: Iterable[str], on_peer: Callable[[PeerId], None]) -> None:
+        """Connect to every address, for ever; `on_peer` hears of each that answered."""
+        async with asyncio.TaskGroup() as group:
+            for address in set(addresses):
+                group.create_task(self._knock(address, on_peer))
+
+    async def _knock(self, address: str, on_peer: Callable[[PeerId], None]) -> None:
+        delays = _delays()
+        while True:
+            try:
+                peer = await self.connect(address)
+            except Unreachable:
+                await asyncio.sleep(next(delays))
+                continue
+            on_peer(peer)
+            if self._directory is not None:
+                await self._directory.bootstrap([peer])
+            delays = _delays()
+            await asyncio.sleep(_RETRY_S_MAX * random.uniform(0.5, 1.0))
+
+    async def connect(self, address: str) -> PeerId:
+        """Dial one address. Raises Unreachable, and notes why in `failures`."""
+        try:
+            peer = await self.transport.connect(address, timeout_s=self._settings.call_timeout_s)
+        except Unreachable as error:
+            if self.failures.get(address) != error.detail:
+                log.warning("a peer's address does not answer, trying on", address=address, reason=error.detail)
+            self.failures[address] = error.detail
+            raise
+        self.failures.pop(address, None)
+        self.remember(peer, [address])
+        return peer
+
+    async def keep_listed(self, tier: int, on_peer: Callable[[PeerId], None]) -> None:
+        """Announce this node in the run's directory and look for others, for ever."""
+        while True:
+            directory = self._directory
+            assert directory is not None, "open_directory() comes first"
+            record = Record(tuple(self.transport.addresses()), tier, limits.PROTOCOL_VERSION)
+            await directory.announce(record, _RECORD_TTL_S)
+            for peer, found in (await directory.find()).items():
+                if peer not in self._known:
+                    log.debug("found a peer in the directory", peer=short_name(peer))
+                self.remember(peer, found.addresses)
+                on_peer(peer)
+            await asyncio.sleep(_LOOK_S * random.uniform(0.7, 1.3))
+
+
+def _delays() -> Iterator[float]:
+    """Growing, jittered pauses, without end."""
+    delay_s = _RETRY_S_MIN
+    while True:
+        yield delay_s * random.uniform(0.5, 1.0)
+        delay_s = min(_RETRY_S_MAX, 2 * delay_s)
