@@ -11,7 +11,7 @@ from braniac.model.config import ModelConfig
 from braniac.model.decoding import generate
 from braniac.model.errors import ModelError
 from braniac.model.evaluate import held_out_loss
-from braniac.model.gpt import GPT
+from braniac.model.gpt import GPT, rotate
 from braniac.model.tiers import is_ffn, parameter_shapes
 from braniac.model.tokenizer import SEPARATOR, ByteTokenizer
 
@@ -47,6 +47,18 @@ def test_the_future_does_not_reach_the_past() -> None:
     before, after = model(tokens), model(changed)
     assert torch.allclose(before[:, :10], after[:, :10], atol=1e-5)
     assert not torch.allclose(before[:, 10:], after[:, 10:], atol=1e-2)
+
+
+def test_rotary_products_depend_on_distance_alone() -> None:
+    model = random_model().model
+    q_K, k_K = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    q_TK, k_TK = (rotate(x_K.expand(1, 1, 16, 16), model.cos_TK, model.sin_TK)[0, 0] for x_K in (q_K, k_K))
+    products_TT = q_TK @ k_TK.T
+    for distance in range(1, 16):
+        diagonal = products_TT.diagonal(-distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-4)
+    assert products_TT[:, 0].std() > 0.1
+    assert torch.allclose(q_TK.norm(dim=1), q_K.norm().expand(16), atol=1e-4)
 
 
 def test_logits_stay_below_the_softcap() -> None:

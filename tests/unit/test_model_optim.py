@@ -94,6 +94,33 @@ def test_a_neurons_step_is_as_long_at_every_width(width: int) -> None:
     assert length == pytest.approx(0.1, rel=0.2)  # the learning rate
 
 
+@pytest.mark.parametrize(("width", "scale"), [(4, 2**0.5), (8, 1.0), (32, 1.0)])
+def test_down_counts_its_rows_as_inputs(width: int, scale: float) -> None:
+    params = some_params(width)
+    before = params[DOWN].detach().clone()
+    set_gradients(params, width, seed=4)
+    optimizer_for(params).step(1.0, width)
+    change = (params[DOWN] - before).detach()
+    assert torch.linalg.matrix_norm(change, 2).item() == pytest.approx(0.1 * scale, rel=0.2)
+
+
+def test_muon_steps_along_the_nesterov_momentum() -> None:
+    params = some_params()
+    optimizer = optimizer_for(params)
+    gradients = []
+    for seed in (0, 1):
+        set_gradients(params, 32, seed)
+        gradient = params[UP].grad
+        assert gradient is not None
+        gradients.append(gradient.clone())
+        before = params[UP].detach().clone()
+        optimizer.step(1.0, 32)
+    momentum = 0.95 * 0.05 * gradients[0] + 0.05 * gradients[1]
+    update = 0.05 * gradients[1] + 0.95 * momentum
+    expected = before - 0.1 * 2 * orthogonalize(update[None])[0]
+    assert torch.allclose(params[UP], expected, atol=1e-5)
+
+
 def test_query_heads_are_orthogonalised_one_by_one() -> None:
     params = some_params()
     before = params[QUERY].detach().clone()
