@@ -218,17 +218,32 @@ def payload_bytes_max(layout: TileLayout, rules: CodecRules) -> int:
 def _quantise(row: Int64Array, magnitude: Int64Array, rows: int, bits: int) -> tuple[Int64Array, NDArray[np.uint16]]:
     """Split each row's magnitudes at their mean, `bits` times: (code [n], levels [rows, 2**bits] as 16-bit floats).
 
-    A row with one or two distinct magnitudes comes back exactly, so the merge of one contribution is that contribution.
+    A row with no more distinct magnitudes than levels keeps them all, so what was decoded once is encoded again
+    without loss, and the merge of one contribution is that contribution.
     """
     code = np.zeros(len(row), np.int64)
     for depth in range(bits):
         group = (row << depth) | code
         count, total = _group_sums(group, magnitude, rows << depth)
         code = (code << 1) | (magnitude * count[group] >= total[group])
+    rank, distinct = _rank_in_row(row, magnitude, rows)
+    code = np.where(distinct[row] <= 1 << bits, rank, code)
     group = (row << bits) | code
     count, total = _group_sums(group, magnitude, rows << bits)
     mean = (2 * total + count) // np.maximum(2 * count, 1)
     return code, _to_float16(mean).reshape(rows, 1 << bits)
+
+
+def _rank_in_row(row: Int64Array, magnitude: Int64Array, rows: int) -> tuple[Int64Array, Int64Array]:
+    """([n] how many distinct magnitudes of its row are smaller, [rows] how many distinct ones there are)."""
+    order = np.lexsort((magnitude, row))
+    rows_ordered, ordered = row[order], magnitude[order]
+    fresh = np.ones(len(order), np.int64)
+    fresh[1:] = (ordered[1:] != ordered[:-1]) | (rows_ordered[1:] != rows_ordered[:-1])
+    distinct = np.bincount(rows_ordered, weights=fresh, minlength=rows).astype(np.int64)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.cumsum(fresh) - 1 - (np.cumsum(distinct) - distinct)[rows_ordered]
+    return rank, distinct
 
 
 def _group_sums(group: Int64Array, magnitude: Int64Array, groups: int) -> tuple[Int64Array, Int64Array]:
