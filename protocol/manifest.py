@@ -97,7 +97,8 @@ class Manifest:
 
     def slot_at(self, now: float) -> int:
         """The slot that swarm time `now`, in Unix seconds, lies in. Negative before the epoch."""
-        return int((now * 1000 - self.epoch_ms) // self.slot_ms)
+        # Whole microseconds, so that the start of a slot always lies in it, whatever a float made of it.
+        return (round(now * 1_000_000) - self.epoch_ms * 1000) // (self.slot_ms * 1000)
 
     def slot_start(self, slot: int) -> float:
         """Swarm time at which `slot` begins."""
