@@ -1,7 +1,8 @@
 """Between model and protocol: the only file that turns tensors into integer arrays and back.
 
-Weights are float32 tensors, anchors int32 fixed point with 20 fraction bits. A weight below 16 differs from its fixed-point
-form by at most 2**-21, and what rounding leaves out stays in the weight: it is part of the work that is offered next time.
+Weights are float32 tensors, anchors int32 fixed point with 20 fraction bits. A weight below 16 differs from its
+fixed-point form by at most 2**-21, and what rounding leaves out stays in the weight: it is part of the work that is
+offered next time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def fragment_specs(fragments: tuple[Fragment, ...]) -> tuple[FragmentSpec, ...]:
 def model_of(manifest: Manifest) -> tuple[ModelConfig, tuple[Fragment, ...]]:
     """Configuration and fragment table of a run's model.
 
-    Raises Incompatible if this software cuts the model into other fragments than the founder's, ConfigError from the model.
+    Raises Incompatible if this software cuts the model into other fragments than the founder's, ConfigError.
     """
     config = ModelConfig.from_dict(dict[str, Any](manifest.model))
     fragments = fragment_table(config, manifest.window)

@@ -1,8 +1,9 @@
 """What a generation of this node's state says, and how it becomes one again.
 
-One generation is one moment: weights, optimizer, anchors, confirmed certificates and pending offers of the same instant between two
-steps, so that after a crash x - anchor is exactly the work that no certificate holds (I1). It is durable before the offer it contains
-is made, so a peer never has to answer for a payload that it cannot subtract.
+One generation is one moment: weights, optimizer, anchors, confirmed certificates and pending offers of the same
+instant between two steps, so that after a crash x - anchor is exactly the work that no certificate holds (I1). It
+is durable before the offer it contains is made, so a peer never has to answer for a payload that it cannot
+subtract.
 """
 
 from __future__ import annotations

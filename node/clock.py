@@ -127,6 +127,11 @@ class SwarmClock:
         self._offset_s += move_s
         return move_s
 
+    def set(self, now_s: float) -> None:
+        """Start anew at `now_s`: for the moment of resuming, before anything was timed by this clock."""
+        self._offset_s = now_s - self._clock.monotonic()
+        self._latest_s = -math.inf
+
     def step(self) -> float:
         """Take the peers' median at once, backwards too; returns the move.
 

@@ -1,7 +1,7 @@
 """Requests between peers, above the transport: signed messages, chunks of blobs, the run's manifest.
 
-Everything bulky is pulled by hash in chunks of bounded size, each an own call with a deadline, from whoever has it; whatever arrives
-is checked against its hash before anybody sees it.
+Everything bulky is pulled by hash in chunks of bounded size, each an own call with a deadline, from whoever has it;
+whatever arrives is checked against its hash before anybody sees it.
 """
 
 from __future__ import annotations

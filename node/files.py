@@ -5,6 +5,7 @@ Nothing here decides anything; what order makes a write durable is `store.py`'s 
 
 from __future__ import annotations
 
+import errno
 import os
 from io import FileIO
 from pathlib import Path
@@ -45,3 +46,15 @@ class Files:
     def mkdir(self, path: Path) -> None:
         """Make a directory for its owner only."""
         os.mkdir(path, 0o700)
+
+
+class ReadOnlyFiles(Files):
+    """For whoever only looks: nothing can be created, and nothing is removed even if it is damaged."""
+
+    def create(self, path: Path) -> FileIO:
+        """Refuse."""
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def remove(self, path: Path) -> None:
+        """Refuse."""
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))

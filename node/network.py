@@ -1,7 +1,7 @@
 """This node's way to its peers, kept alive: the libp2p transport, the run's directory, the people to knock at.
 
-Nothing here gives up: a dead libp2p daemon is replaced, an address that does not answer is tried for ever, less and less often and
-never in step with others. Meanwhile the node trains alone and says "degraded: 0 peers".
+Nothing here gives up: a dead libp2p daemon is replaced, an address that does not answer is tried for ever, less and
+less often and never in step with others. Meanwhile the node trains alone and says "degraded: 0 peers".
 """
 
 from __future__ import annotations

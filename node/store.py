@@ -24,7 +24,7 @@ from io import FileIO
 from pathlib import Path
 
 from braniac.node.errors import ConfigError, ResourceError, StateError
-from braniac.node.files import Files
+from braniac.node.files import Files, ReadOnlyFiles
 from braniac.node.generation import JSON, Generation, decode_manifest, encode_manifest
 from braniac.node.lock import DirectoryLock
 
@@ -48,7 +48,7 @@ class BlobDamaged(BlobMissing):
 class Store:
     """The state directory of one running daemon. Make it with `Store.open`."""
 
-    def __init__(self, root: Path, keep: int, files: Files, lock: DirectoryLock) -> None:
+    def __init__(self, root: Path, keep: int, files: Files, lock: DirectoryLock | None) -> None:
         assert keep >= 1
         self.root = root
         self.skipped: list[tuple[int, str]] = []  # generations that the last `recover` passed over, and why
@@ -80,6 +80,13 @@ class Store:
             raise
         return store
 
+    @classmethod
+    def look(cls, root: Path) -> Store:
+        """A view for reading, also while a daemon writes. Raises StateError if nothing was ever kept there."""
+        if not (root / "generations").is_dir():
+            raise StateError(f"{root} holds no checkpoint: start a node there with `braniac-node join` first")
+        return cls(root, 1, ReadOnlyFiles(), None)
+
     def _prepare(self) -> None:
         with self._disk_errors():
             for directory in (self._blobs, self._generations):
@@ -92,7 +99,8 @@ class Store:
 
     def close(self) -> None:
         """Let another process have the directory. Harmless when repeated."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def put(self, data: bytes | memoryview) -> bytes:
         """Store `data` durably and return its SHA-256 (32 bytes); free if it is here already. Raises DiskFull."""

@@ -1,7 +1,7 @@
 """The thread that trains: inner steps without end, with requests of the event loop served between two steps.
 
-Everything that touches the model runs in this one thread, so nothing needs a lock: `call` hands in a function, which runs between
-two steps and whose result comes back to the event loop.
+Everything that touches the model runs in this one thread, so nothing needs a lock: `call` hands in a function,
+which runs between two steps and whose result comes back to the event loop.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class TrainerThread:
 
     async def wait_failed(self) -> None:
         """Raise what stopped the thread, if anything ever does; returns when it was stopped on purpose."""
-        await asyncio.wrap_future(self._died)
+        await asyncio.shield(asyncio.wrap_future(self._died))
 
     def stop(self) -> None:
         """Finish the step in hand and end the thread."""

@@ -39,6 +39,10 @@ class Agreement:
         self.mine[state.fragment] = state
         self._asked.pop(state.fragment, None)
 
+    def ask_again(self, fragment: int) -> None:
+        """A download failed: the next review may choose anew."""
+        self._asked.pop(fragment, None)
+
     def review(self, members: list[Member], now_slot: int, history: History) -> Iterator[FragmentLost]:
         """After a heartbeat: fragments that have to be downloaded, each asked for at most once a window."""
         voices = [member for member in members if member.ready_slot >= 0]

@@ -161,6 +161,20 @@ class Engine:
         self._agreement.set_mine(state)
         self._want_updates()
 
+    def fragment_unavailable(self, fragment: int) -> None:
+        """Answer to FragmentLost: nobody could deliver it; the next heartbeats say what to ask for instead."""
+        self._agreement.ask_again(fragment)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is still open that others or this peer's own work wait for."""
+        return self._rounds.busy
+
+    def retire(self) -> None:
+        """Begin to leave: no new offers, no more committees; what is open goes on."""
+        self._rounds.ready_slot = -1
+        self._broadcast(self._heartbeat())
+
     def goodbye(self) -> None:
         """Tell everybody that this peer leaves."""
         self._broadcast(wire.Goodbye(max(0, self._slot)))

@@ -140,6 +140,15 @@ class History:
         """Digests that must not be deleted: updates that can be undone or served, offers that may be acknowledged."""
         return {e.certificate.verdict.update_digest for e in self._entries.values()} | set(self.offers.values())
 
+    def acknowledged(self) -> int:
+        """How many of the offers remembered here a certificate has taken."""
+        return sum(entry.acknowledged is not None for entry in self._confirmed.values())
+
+    def confirmed_blobs(self) -> set[bytes]:
+        """Digests that the state of this moment refers to."""
+        updates = {e.certificate.verdict.update_digest for e in self._confirmed.values()}
+        return updates | set(self.offers.values())
+
     def to_json(self) -> dict[str, Any]:
         """What belongs to the anchors and weights of this moment: confirmed certificates only."""
         return {

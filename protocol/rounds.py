@@ -48,6 +48,11 @@ class Rounds:
         self._rounds = {s: r for s, r in self._rounds.items() if s > over}
         return over
 
+    @property
+    def busy(self) -> bool:
+        """Whether a slot that this peer owns still waits for its certificate."""
+        return any(r.owned and r.phase is not Phase.CERTIFIED for r in self._rounds.values())
+
     def next_deadline(self) -> float:
         """When the next round of this peer's own must close with what it has."""
         collecting = [s for s, r in self._rounds.items() if r.owned and r.phase is Phase.COLLECTING]

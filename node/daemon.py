@@ -1,0 +1,388 @@
+"""The daemon, and the data path of a node: join -> train -> compress -> offer -> merge -> apply -> checkpoint.
+
+One event loop, one trainer thread, p2pd as the only other process. The protocol engine decides and this file
+carries out: `_drive` gives it time and sends what it says, `_obey` starts what it asks for, `_work` does, in order,
+all that changes weights and anchors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import signal
+import sys
+from collections import Counter
+from collections.abc import Coroutine
+
+import structlog
+
+from braniac.node import identity_file, joiner
+from braniac.node.clock import Clock, SwarmClock, SystemClock
+from braniac.node.config import NodeConfig
+from braniac.node.control import ControlServer
+from braniac.node.exchange import BlobUnavailable, Exchange
+from braniac.node.logs import route_hivemind
+from braniac.node.metrics import EventLoopLag, Metrics
+from braniac.node.metrics_server import MetricsServer
+from braniac.node.network import Network
+from braniac.node.replica import Prepared, Replica, clipped
+from braniac.node.startup import Equipment, Membership, equip, join_run
+from braniac.node.status import Status
+from braniac.node.store import BlobMissing, DiskFull, Store
+from braniac.protocol import events, limits
+from braniac.protocol.engine import Engine
+from braniac.protocol.errors import WireError
+from braniac.protocol.identity import PeerId, short_name
+from braniac.protocol.merge import Contribution, Merged, merge
+from braniac.protocol.wire import FragmentState
+
+log = structlog.get_logger(__name__)
+
+_MESSAGES_PER_PEER_MAX = 16  # in flight: a peer that does not answer must not collect tasks
+_SWITCH_INTERVAL_S = 0.001  # the trainer holds the interpreter's lock; the event loop must get it back quickly
+
+
+class _Left(Exception):
+    """Ends the tasks of a node that has handed over."""
+
+
+class Daemon:
+    """One node, from start to leave."""
+
+    def __init__(self, config: NodeConfig, clock: Clock) -> None:
+        """Takes the state directory. Raises AlreadyRunning, ConfigError, IdentityFileError."""
+        metrics = Metrics(importlib.metadata.version("braniac-node"), limits.PROTOCOL_VERSION)
+        store = Store.open(config.state.dir, keep=config.state.keep_generations)
+        identity_path = config.state.dir / "identity.key"
+        identity = identity_file.load_or_create(identity_path)
+        network = Network(config.network, identity_path, identity, clock)
+        swarm_clock = SwarmClock(clock)
+        exchange = Exchange(store, metrics, clock, swarm_clock, config.network.call_timeout_s)
+        self.node = Equipment(config, clock, swarm_clock, metrics, store, identity, network, exchange)
+        self.lag = EventLoopLag(metrics.event_loop_lag, clock)
+        self.status = Status(self.node, self.lag, self.leave)
+        self._membership: Membership
+        self._replica: Replica
+        self._engine: Engine
+        self._tasks: asyncio.TaskGroup
+        self._main: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._leaving = asyncio.Event()
+        self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState] = asyncio.Queue()
+        self._fetching: set[bytes] = set()
+        self._in_flight: Counter[PeerId] = Counter()
+        self._bar: joiner.DownloadBar | None = None
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Take part in the run until told to leave. Raises what node, model and protocol raise."""
+        self._main = asyncio.current_task()
+        node = self.node
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(node.store.close)
+            await stack.enter_async_context(ControlServer(node.config.control_socket, self.status))
+            if node.config.metrics.enabled:
+                server = MetricsServer(node.metrics, node.config.metrics.host, node.config.metrics.port)
+                await stack.enter_async_context(server)
+                log.info("serving metrics", url=f"http://{node.config.metrics.host}:{server.port}/metrics")
+            await node.network.start(node.exchange.answer)
+            stack.push_async_callback(node.network.close)
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._take_part()
+
+    def leave(self, *, now: bool = False) -> None:
+        """Hand over and stop; at once if `now`, if asked twice, or if there is no run yet."""
+        if now or self._leaving.is_set() or self.status.engine is None:
+            assert self._main is not None
+            self._main.cancel()
+        self._leaving.set()
+
+    async def _take_part(self) -> None:
+        """The node's life in a run."""
+        node = self.node
+        self._membership = await join_run(node)
+        manifest, saved = self._membership.manifest, self._membership.saved
+        async with equip(node, self._membership) as (self._replica, self._engine):
+            await node.network.open_directory(manifest.run_id)
+            self._open_for_business()
+            known = [address for addresses in (saved.peers if saved else {}).values() for address in addresses]
+            try:
+                async with asyncio.TaskGroup() as self._tasks:
+                    self._spawn(self.lag.run())
+                    self._spawn(node.network.keep_alive())
+                    self._spawn(node.network.keep_knocking([*node.network.bootstrap, *known], self._introduce))
+                    self._spawn(node.network.keep_listed(self._engine.tier, self._introduce))
+                    self._spawn(joiner.check_run(node.network, node.exchange, manifest))
+                    self._spawn(self._replica.trainer.wait_failed())
+                    self._spawn(self._drive())
+                    self._spawn(self._work())
+                    self._spawn(self._hand_over())
+            except* _Left:
+                pass
+
+    def _open_for_business(self) -> None:
+        """Let peers in, and begin to train if all anchors are here."""
+        node, engine = self.node, self._engine
+        self._engine.addresses = tuple(node.network.transport.addresses())
+        self.status.take_part(engine, self._replica)
+        node.exchange.manifest, node.exchange.engine = self._membership.signed, engine
+        node.exchange.on_input = self._wake.set
+        node.exchange.synchronised = True
+        log.info("taking part", run_id=engine.manifest.run_id.hex(), name=engine.manifest.name, tier=engine.tier)
+        for address in engine.addresses:
+            log.info("listening", address=address)
+        missing = [f for f in engine.manifest.held(engine.tier) if f not in engine.anchors()]
+        if missing:
+            node.metrics.set_state("joining")
+            self._bar = joiner.DownloadBar(sum(map(self._replica.anchor_bytes, missing)))
+            self._bar.start()
+            self.status.bar = self._bar
+        else:
+            self._begin_training()
+
+    def _begin_training(self) -> None:
+        """All anchors are here: train, offer, sit in committees."""
+        if self._bar is not None:
+            self._bar.stop()
+        self.node.metrics.set_state("training")
+        self._engine.set_ready()
+        self._replica.trainer.train()
+        self.status.training_began()
+
+    async def _hand_over(self) -> None:
+        """When told to leave: finish the slots in hand, serve what only this node has, say goodbye, save."""
+        await self._leaving.wait()
+        engine = self._engine
+        log.info("leaving: finishing the slot in hand")
+        self.node.metrics.set_state("leaving")
+        self._replica.trainer.pause()
+        engine.retire()
+        self._wake.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(3 * engine.manifest.slot_s):
+                while engine.busy:
+                    await asyncio.sleep(engine.manifest.slot_s / 8)
+        await self._ordered.join()
+        engine.goodbye()
+        async with asyncio.TaskGroup() as farewell:
+            for peer, data in engine.messages_to_send():
+                farewell.create_task(self.node.exchange.send(self.node.network.transport, peer, data))
+        with contextlib.suppress(DiskFull):
+            await self._commit()
+        log.info("left", generation=self._replica.generation)
+        raise _Left
+
+    # --- the engine's time, messages and events ----------------------------------------------------------------------
+
+    async def _drive(self) -> None:
+        """Give the engine the time, send what it says, do what it asks for."""
+        engine, clock = self._engine, self.node.swarm_clock
+        while True:
+            engine.handle_timer(clock.now())
+            self._flush()
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, engine.get_timer() - clock.now())):
+                    await self._wake.wait()
+
+    def _flush(self) -> None:
+        while (event := self._engine.next_event()) is not None:
+            self._obey(event)
+        for peer, data in self._engine.messages_to_send():
+            if self._in_flight[peer] < _MESSAGES_PER_PEER_MAX:
+                self._in_flight[peer] += 1
+                self._spawn(self._send(peer, data))
+
+    async def _send(self, peer: PeerId, data: bytes) -> None:
+        try:
+            await self.node.exchange.send(self.node.network.transport, peer, data)
+        finally:
+            self._in_flight[peer] -= 1
+
+    def _obey(self, event: events.Event) -> None:
+        match event:
+            case events.SlotBegan():
+                self._engine.tokens_per_s = self._replica.trainer.progress.tokens_per_s
+                self._engine.addresses = tuple(self.node.network.transport.addresses())
+                self.node.swarm_clock.adjust()
+                self.status.slot_began(event)
+            case events.FragmentDue() | events.UpdateDue():
+                self._ordered.put_nowait(event)
+            case events.BlobWanted():
+                if event.digest not in self._fetching:
+                    self._fetching.add(event.digest)
+                    self._spawn(self._fetch(event))
+            case events.MergeDue():
+                self._spawn(self._merge(event))
+            case events.FragmentLost():
+                self._spawn(self._download(event))
+            case events.PeerJoined(peer, tier, addresses):
+                self.node.network.remember(peer, addresses)
+                log.info("a peer joined", peer=short_name(peer), tier=tier)
+            case events.PeerLeft(peer, said_goodbye):
+                log.info("a peer left" if said_goodbye else "a peer fell silent", peer=short_name(peer))
+            case events.SlotSettled() | events.Equivocated():
+                self.status.report(event)
+
+    def _introduce(self, peer: PeerId) -> None:
+        self._engine.introduce(peer)
+        self._wake.set()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        self._tasks.create_task(work)
+
+    # --- the data path -----------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        """All that changes weights, anchors or generations, one at a time and in the engine's order."""
+        while True:
+            job = await self._ordered.get()
+            try:
+                match job:
+                    case events.FragmentDue(slot, fragment):
+                        await self._contribute(slot, fragment)
+                    case events.UpdateDue():
+                        await self._apply(job)
+                    case FragmentState():
+                        await self._restore(job)
+            except DiskFull as error:
+                # What is on disk stays whole; the work stays in the weights and is offered when its turn comes again.
+                self.node.metrics.checkpoint_failures.inc()
+                self.status.trouble("disk", str(error))
+            finally:
+                self._ordered.task_done()
+                self._wake.set()
+
+    async def _contribute(self, slot: int, fragment: int) -> None:
+        """Compress the uncommitted work on the fragment that is due, make it durable, offer it."""
+        if slot < self._engine.slot - limits.PROPOSAL_OPEN_SLOTS or fragment not in self._replica.anchors:
+            return
+        with self.status.phase("compress"):
+            prepared = await self._replica.compress(fragment)
+            self._replica.pin(prepared.digest, slot)
+        with self.status.phase("checkpoint"):
+            await self._commit((slot, prepared))
+        self._engine.offer(slot, prepared.digest, prepared.size, prepared.tokens)
+        self._engine.blob_fetched(prepared.digest, True, self.node.swarm_clock.now())
+        self.status.offered(slot, prepared.size)
+
+    async def _apply(self, update: events.UpdateDue) -> None:
+        """Apply a certificate: the anchor moves, the weights follow, own work that was taken is subtracted."""
+        with self.status.phase("apply"):
+            try:
+                state = await self._replica.apply(update)
+            except WireError as error:  # a committee that signed nonsense: nobody can apply it, so nobody does
+                self.node.metrics.refuse_message(error.refusal)
+                log.error(
+                    "a certified update cannot be applied", slot=update.certificate.verdict.slot, reason=str(error)
+                )
+                return
+        self._engine.anchor_moved(update, state)
+        if update.undo:
+            self.node.metrics.divergences.labels("fork").inc()
+        elif clipped(update, self.node.identity.peer_id):
+            self.status.forfeit("clipped")
+
+    async def _restore(self, state: FragmentState) -> None:
+        """A fragment was downloaded: take it over."""
+        again = self._engine.ready
+        await self._replica.restore(state)
+        self._engine.fragment_restored(state)
+        if again:
+            self.status.forfeit("too_old")
+            self.node.metrics.divergences.labels("digest").inc()
+        elif len(self._engine.anchors()) == len(self._engine.manifest.held(self._engine.tier)):
+            self._begin_training()
+
+    async def _commit(self, offer: tuple[int, Prepared] | None = None) -> None:
+        """Make a generation: what a crash from now on goes back to."""
+        now = self.node.swarm_clock.now()
+        clock = (now - self.node.clock.wall(), now)
+        peers = self.node.network.known_peers()
+        await self._replica.commit(self._engine, self._membership.incarnation, clock, peers, offer)
+        self.node.metrics.checkpoint_generation.set(self._replica.generation)
+        self.status.trouble("disk", "")
+
+    async def _fetch(self, wanted: events.BlobWanted) -> None:
+        """Bring a contribution or an update here."""
+        self._replica.pin(wanted.digest, self._engine.slot)
+        ok = True
+        try:
+            with self.status.phase("fetch"):
+                transport = self.node.network.transport
+                await self.node.exchange.fetch(transport, wanted.digest, wanted.size, wanted.holders)
+        except (BlobUnavailable, DiskFull) as error:
+            log.debug("could not fetch", reason=str(error))
+            ok = False
+        finally:
+            self._fetching.discard(wanted.digest)
+        self._engine.blob_fetched(wanted.digest, ok, self.node.swarm_clock.now())
+        self._wake.set()
+
+    async def _merge(self, due: events.MergeDue) -> None:
+        """Merge the contributions to a slot that this node owns."""
+        merged: Merged | None = None
+        with self.status.phase("merge"):
+            try:
+                merged = await asyncio.to_thread(self._merge_now, due)
+            except (BlobMissing, DiskFull) as error:
+                log.warning("could not merge a slot", slot=due.slot, reason=str(error))
+        self._engine.merged(due.slot, merged)
+        self._wake.set()
+
+    def _merge_now(self, due: events.MergeDue) -> Merged | None:
+        store = self.node.store
+        contributions = [Contribution(peer, tokens, store.get(digest)) for peer, tokens, digest in due.contributions]
+        merged = merge(self._engine.manifest, due.fragment, contributions)
+        if merged is not None:
+            self._replica.pin(merged.digest, due.slot)
+            store.put(merged.update)
+        return merged
+
+    async def _download(self, lost: events.FragmentLost) -> None:
+        """Download an anchor that is missing or wrong here."""
+        fragment = lost.state.fragment
+        if self._engine.ready:
+            log.warning("downloading a fragment again", fragment=fragment, slot=lost.state.slot)
+        self._replica.pin(lost.state.digest, self._engine.slot)
+        try:
+            await self.node.exchange.fetch(
+                self.node.network.transport,
+                lost.state.digest,
+                self._replica.anchor_bytes(fragment),
+                lost.holders,
+                self._bar.advance if self._bar else _ignore,
+            )
+        except (BlobUnavailable, DiskFull) as error:
+            log.debug("could not download a fragment", fragment=fragment, reason=str(error))
+            self._engine.fragment_unavailable(fragment)
+        else:
+            self._ordered.put_nowait(lost.state)
+        self._wake.set()
+
+
+def _ignore(count: int) -> None:
+    """Nobody watches this download."""
+
+
+def run_daemon(config: NodeConfig) -> int:
+    """Run a node in the foreground: the exit code."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    route_hivemind()
+
+    async def main() -> None:
+        daemon = Daemon(config, SystemClock())
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, daemon.leave)
+        await daemon.run()
+
+    if sys.platform == "win32":
+        asyncio.run(main())
+    else:
+        import uvloop
+
+        uvloop.run(main())
+    return 0

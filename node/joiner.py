@@ -1,0 +1,103 @@
+"""Joining a run: find it, check that it is the right one, download this tier's anchors with a progress bar."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+
+import structlog
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from braniac.node.errors import Incompatible
+from braniac.node.exchange import Exchange
+from braniac.node.network import Network
+from braniac.node.transport import Unreachable
+from braniac.protocol.errors import ManifestError, VersionMismatch
+from braniac.protocol.manifest import Manifest
+
+log = structlog.get_logger(__name__)
+
+_RETRY_S = 2.0
+
+
+async def find_run(network: Network, exchange: Exchange) -> tuple[Manifest, tuple[bytes, bytes]]:
+    """Ask the bootstrap peers which run this is, for ever. Raises VersionMismatch when told another protocol."""
+    for attempt in range(sys.maxsize):
+        for address in network.bootstrap:
+            try:
+                peer = await network.connect(address)
+                manifest, body, signature = await exchange.ask_manifest(network.transport, peer)
+            except VersionMismatch:
+                raise
+            except (Unreachable, ManifestError) as error:
+                network.failures[address] = str(error)
+                continue
+            log.info("found the run", name=manifest.name, run_id=manifest.run_id.hex(), via=address)
+            return manifest, (body, signature)
+        log.warning("degraded: 0 peers", **{f"address_{i}": f"{a}: {why}" for i, (a, why) in _failures(network)})
+        await asyncio.sleep(min(30.0, _RETRY_S * 1.5 ** min(attempt, 8)) * random.uniform(0.5, 1.0))
+    raise AssertionError("unreachable")
+
+
+def _failures(network: Network) -> enumerate[tuple[str, str]]:
+    return enumerate(network.failures.items())
+
+
+async def check_run(network: Network, exchange: Exchange, manifest: Manifest) -> None:
+    """Make sure that the peers we were told to join are in our run. Raises Incompatible."""
+    for address in network.bootstrap:
+        while True:
+            try:
+                peer = await network.connect(address)
+                theirs, _, _ = await exchange.ask_manifest(network.transport, peer)
+            except VersionMismatch:
+                raise
+            except (Unreachable, ManifestError):
+                await asyncio.sleep(_RETRY_S * random.uniform(1.0, 4.0))
+                continue
+            if theirs.run_id != manifest.run_id:
+                raise Incompatible(
+                    f"{address} is in run {theirs.run_id.hex()[:12]}..., this state directory in "
+                    f"{manifest.run_id.hex()[:12]}...: use another --state-dir, or other --peers"
+                )
+            break
+
+
+class DownloadBar:
+    """Progress of the first download: a bar on a terminal, a log line per quarter elsewhere."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self.done_bytes = 0
+        self._quarter = 0
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("downloading the model"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def start(self) -> None:
+        """Show it."""
+        self._progress.start()
+        self._task = self._progress.add_task("model", total=self.total_bytes)
+
+    def stop(self) -> None:
+        """Take it away."""
+        self._progress.stop()
+
+    def advance(self, count: int) -> None:
+        """More bytes have arrived."""
+        self.done_bytes += count
+        if self._task is not None:
+            self._progress.advance(self._task, count)
+        quarter = 4 * self.done_bytes // max(1, self.total_bytes)
+        if quarter > self._quarter and self._progress.disable:
+            log.info("downloading the model", done_bytes=self.done_bytes, total_bytes=self.total_bytes)
+        self._quarter = max(self._quarter, quarter)

@@ -1,0 +1,115 @@
+"""What can be done with a state directory without a daemon: write text, measure the loss. A running daemon is not
+disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from braniac.model.checkpoint import from_safetensors
+from braniac.model.config import ModelConfig
+from braniac.model.data import Batches
+from braniac.model.decoding import generate as decode
+from braniac.model.evaluate import held_out_loss
+from braniac.model.fragments import scatter_
+from braniac.model.gpt import GPT
+from braniac.model.sources import TextSource
+from braniac.model.tiers import tier_width
+from braniac.model.tokenizer import ByteTokenizer
+from braniac.node import bridge
+from braniac.node.checkpoint import Saved, from_generation
+from braniac.node.errors import ConfigError, StateError
+from braniac.node.store import Store
+
+_WINDOWS = 64  # of the held-out text
+
+
+def load(state_dir: Path) -> tuple[Store, Saved, GPT]:
+    """The newest whole generation's own weights. Raises StateError."""
+    store = Store.look(state_dir)
+    generation = store.recover()
+    if generation is None:
+        raise StateError(f"{state_dir} holds no checkpoint yet: start a node there with `braniac-node join` first")
+    saved = from_generation(generation)
+    if saved.weights is None:
+        raise StateError(f"{state_dir} holds no weights yet: wait for the node's first slot")
+    tensors, metadata = from_safetensors(store.get(saved.weights))
+    model = GPT(metadata.config, metadata.tier)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+    return store, saved, model
+
+
+def load_anchors(store: Store, saved: Saved) -> GPT:
+    """The same model with the weights that the swarm agreed on. Raises StateError."""
+    config, fragments = bridge.model_of(saved.manifest)
+    model = GPT(config, saved.tier)
+    parameters = dict(model.named_parameters())
+    for index in saved.manifest.held(saved.tier):
+        if index not in saved.anchors:
+            raise StateError("the node has not joined completely yet: wait until it trains")
+        anchor = bridge.anchor_from_bytes(store.get(saved.anchors[index].digest), fragments[index].size)
+        scatter_(parameters, fragments[index], bridge.to_weights(anchor))
+    return model
+
+
+def generate(
+    state_dir: Path,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int | None,
+    tier: int | None,
+) -> Iterator[str]:
+    """Yield pieces of text that continue `prompt`. Raises StateError, ConfigError, ModelError."""
+    _, _, model = load(state_dir)
+    width = _width(model.config, tier, model.width)
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    tokenizer = ByteTokenizer()
+    pending: list[int] = []
+    for token in decode(
+        model, tokenizer.encode(prompt), tokens, generator=generator, temperature=temperature, top_k=top_k, width=width
+    ):
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd") or len(pending) >= 4:  # wait for the rest of a UTF-8 character
+            yield text
+            pending = []
+    yield tokenizer.decode(pending)
+
+
+def evaluate(state_dir: Path, *, data: tuple[Path, ...], tiers: tuple[int, ...] | None) -> dict[str, Any]:
+    """Held-out loss per tier in nats per byte, of the node's own weights and of the anchors. Raises as `generate`."""
+    store, saved, own = load(state_dir)
+    agreed = load_anchors(store, saved)
+    config = own.config
+    wanted = tuple(range(saved.tier, config.tiers)) if tiers is None else tiers
+    widths = {tier: _width(config, tier, own.width) for tier in wanted}
+    corpus = TextSource(data).load(config.vocab_size)
+    windows = Batches(corpus, saved.manifest.seed, b"evaluation", config.context, 1).held_out(_WINDOWS)
+    return {
+        "run_id": saved.manifest.run_id.hex(),
+        "step": saved.step,
+        "tokens": saved.totals.tokens,
+        "unit": "nats/byte",
+        "agreed": {str(tier): held_out_loss(agreed, windows, width) for tier, width in widths.items()},
+        "own": {str(tier): held_out_loss(own, windows, width) for tier, width in widths.items()},
+    }
+
+
+def _width(config: ModelConfig, tier: int | None, held: int) -> int:
+    if tier is None:
+        return held
+    if tier >= config.tiers or tier_width(config, tier) > held:
+        raise ConfigError(f"this checkpoint does not hold tier {tier}: choose a smaller one, with a higher number")
+    return tier_width(config, tier)

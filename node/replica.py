@@ -1,0 +1,204 @@
+"""This node's copy of the run: the model it trains, the anchors it holds, and what moves between them.
+
+Every method that changes weights and anchors together is called from one task, in the order of the protocol's
+events, so a generation committed by that task always shows one consistent moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+
+import structlog
+
+from braniac.model.config import ModelConfig
+from braniac.model.fragments import Fragment
+from braniac.node import bridge
+from braniac.node.checkpoint import Saved, Snapshot, Totals, save_tensors, to_content
+from braniac.node.store import Store
+from braniac.node.trainer_thread import TrainerThread
+from braniac.protocol import codec, ledger, limits
+from braniac.protocol.codec import Int32Array
+from braniac.protocol.engine import Engine
+from braniac.protocol.events import UpdateDue
+from braniac.protocol.identity import PeerId
+from braniac.protocol.manifest import Manifest
+from braniac.protocol.wire import FragmentState
+
+log = structlog.get_logger(__name__)
+
+_COLLECT_EVERY = 8  # generations between two sweeps of the store
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contribution that is stored, and the moment it was read from."""
+
+    fragment: int
+    digest: bytes
+    size: int
+    tokens: int
+    """Trained on since the fragment was last offered."""
+    snapshot: Snapshot
+
+
+class Replica:
+    """Weights (in the trainer thread) and anchors (in the store) of one node in one run."""
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        signed_manifest: tuple[bytes, bytes],
+        tier: int,
+        model: tuple[ModelConfig, tuple[Fragment, ...]],
+        trainer: TrainerThread,
+        totals: Totals,
+    ) -> None:
+        self.manifest = manifest
+        self.tier = tier
+        self.trainer = trainer
+        self.totals = totals
+        self.anchors: dict[int, FragmentState] = {}
+        self.generation = 0
+        self.config, self._fragments = model
+        self._store = store
+        self._signed_manifest = signed_manifest
+        self._offered_at: dict[int, int] = {}
+        self._pins: dict[bytes, int] = {}
+
+    # --- anchors -----------------------------------------------------------------------------------------------------
+
+    def anchor(self, fragment: int) -> Int32Array:
+        """The agreed weights, [size] int32. Raises BlobMissing, BlobDamaged."""
+        data = self._store.get(self.anchors[fragment].digest)
+        return bridge.anchor_from_bytes(data, self._fragments[fragment].size)
+
+    def begin(self) -> None:
+        """Put the initial anchors of a new run into the store. Raises DiskFull."""
+        for index in self.manifest.held(self.tier):
+            anchor = bridge.initial_anchor(self.config, self._fragments[index], self.manifest.seed)
+            self.anchors[index] = FragmentState(index, -1, self._store.put(bridge.anchor_bytes(anchor)))
+
+    def anchor_bytes(self, fragment: int) -> int:
+        """Size of a fragment's anchor as it is downloaded."""
+        return 4 * self._fragments[fragment].size
+
+    # --- the data path -----------------------------------------------------------------------------------------------
+
+    async def compress(self, fragment: int) -> Prepared:
+        """Read the work on a fragment that no certificate holds yet, and store it as a payload. Raises DiskFull."""
+        cut = self._fragments[fragment]
+        weights, (tensors, counters) = await self.trainer.call(lambda trainer: (trainer.read(cut), trainer.state()))
+        tokens = self.trainer.progress.tokens
+
+        def encode() -> tuple[bytes, int]:
+            uncommitted = ledger.residual(bridge.to_fixed_point(weights), self.anchor(fragment))
+            layout = self.manifest.fragments[fragment].layout
+            payload, _ = codec.encode_topk(layout, self.manifest.up, uncommitted)
+            return self._store.put(payload), len(payload)
+
+        digest, size = await asyncio.to_thread(encode)
+        since = tokens - self._offered_at.get(fragment, max(0, tokens - 1))
+        self._offered_at[fragment] = tokens
+        return Prepared(fragment, digest, size, since, Snapshot(tensors, counters["step"]))
+
+    async def apply(self, update: UpdateDue) -> FragmentState:
+        """Add (or undo) an update to anchor and weights; take back what it holds of this node's own work.
+
+        Raises WireError if the committee signed something that is not an update, DiskFull, BlobMissing.
+        """
+        verdict = update.certificate.verdict
+        index = verdict.fragment
+        cut, layout = self._fragments[index], self.manifest.fragments[index].layout
+
+        def settle() -> tuple[ledger.Settlement, bytes]:
+            merged = codec.decode(layout, self.manifest.down, self._store.get(verdict.update_digest))
+            own = update.acknowledged
+            sent = codec.decode(layout, self.manifest.up, self._store.get(own)) if own else None
+            settlement = ledger.settle(merged, sent, undo=update.undo)
+            anchor = ledger.move_anchor(self.anchor(index), settlement)
+            return settlement, self._store.put(bridge.anchor_bytes(anchor))
+
+        settlement, digest = await asyncio.to_thread(settle)
+        change = bridge.weight_change(settlement, cut.size)
+        await self.trainer.call(lambda trainer: trainer.rebase(cut, change))
+        before = self.anchors[index]
+        self.pin(before.digest, verdict.slot)  # somebody may be downloading it
+        self.anchors[index] = FragmentState(index, max(before.slot, verdict.slot), digest)
+        self._count(update)
+        return self.anchors[index]
+
+    async def restore(self, state: FragmentState) -> None:
+        """Replace a fragment by a downloaded anchor; own work on it that was not merged is forfeited as too old."""
+        cut = self._fragments[state.fragment]
+        self.anchors[state.fragment] = state
+        weights = bridge.to_weights(await asyncio.to_thread(self.anchor, state.fragment))
+        await self.trainer.call(lambda trainer: trainer.load_fragment(cut, weights))
+        await self.trainer.call(lambda trainer: self.trainer.resume_after_change())
+
+    async def commit(
+        self,
+        engine: Engine,
+        incarnation: int,
+        clock: tuple[float, float],
+        peers: dict[PeerId, tuple[str, ...]],
+        offer: tuple[int, Prepared] | None,
+    ) -> None:
+        """Make a generation of this moment, or of the moment in which an `offer` for a slot was read. Raises DiskFull.
+
+        `clock` is (swarm time less wall time, swarm time).
+        """
+        if offer is None:
+            tensors, counters = await self.trainer.call(lambda trainer: trainer.state())
+            snapshot, offered = Snapshot(tensors, counters["step"]), None
+        else:
+            snapshot, offered = offer[1].snapshot, (offer[0], offer[1].digest)
+        protocol = engine.state(offered)
+        saved = Saved(
+            self.manifest,
+            self._signed_manifest,
+            self.tier,
+            incarnation,
+            *clock,
+            anchors=dict(self.anchors),
+            history=engine.history,
+            weights=None,
+            optimizer=None,
+            step=snapshot.step,
+            totals=replace(self.totals, tokens=self.trainer.progress.tokens),
+            peers=peers,
+        )
+        blobs = {state.digest for state in self.anchors.values()} | engine.history.confirmed_blobs()
+        blobs |= {offered[1]} if offered else set()
+        edge = engine.slot - 2 * self.manifest.window
+        self._pins = {digest: at for digest, at in self._pins.items() if at > edge}
+        keep_also = set(self._pins) | engine.history.blobs()
+        sweep = self.generation % _COLLECT_EVERY == 0
+
+        def write() -> int:
+            weights, optimizer = save_tensors(self._store, self.config, self.tier, snapshot)
+            content = to_content(replace(saved, weights=weights, optimizer=optimizer), protocol)
+            number = self._store.commit(content, {weights, optimizer} | {b for b in blobs if self._store.has(b)})
+            if sweep:
+                self._store.collect(keep_also)
+            return number
+
+        self.generation = await asyncio.to_thread(write)
+
+    def pin(self, digest: bytes, slot: int) -> None:
+        """Keep a blob that no generation names yet for two windows after `slot`. Pin before putting."""
+        self._pins[digest] = slot
+
+    def _count(self, update: UpdateDue) -> None:
+        step = -1 if update.undo else 1
+        merged = step if update.acknowledged else 0
+        self.totals = replace(
+            self.totals, certificates=self.totals.certificates + step, merged=self.totals.merged + merged
+        )
+
+
+def clipped(update: UpdateDue, me: PeerId) -> bool:
+    """Whether the certificate scaled this peer's contribution down; the difference is forfeited."""
+    share = update.certificate.verdict.share_of(me)
+    return update.acknowledged is not None and share is not None and share.clip < limits.CLIP_ONE

@@ -1,0 +1,141 @@
+"""How a node comes to take part in a run: recover, join or found; then model, data, trainer and protocol engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import structlog
+
+from braniac.model.config import ModelConfig
+from braniac.model.data import Batches
+from braniac.model.sources import TextSource
+from braniac.model.trainer import Trainer, TrainSettings
+from braniac.node import bridge, joiner
+from braniac.node.checkpoint import Saved, Totals, from_generation, load_tensors
+from braniac.node.clock import Clock, SwarmClock
+from braniac.node.config import NodeConfig
+from braniac.node.errors import Incompatible
+from braniac.node.exchange import Exchange
+from braniac.node.founding import choose_tier, found_run, free_memory_bytes, train_settings
+from braniac.node.metrics import Metrics
+from braniac.node.network import Network
+from braniac.node.replica import Replica
+from braniac.node.store import Store
+from braniac.node.trainer_thread import TrainerThread
+from braniac.protocol.engine import Engine
+from braniac.protocol.history import History
+from braniac.protocol.identity import Identity
+from braniac.protocol.manifest import Manifest
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Equipment:
+    """What a node has before it knows its run."""
+
+    config: NodeConfig
+    clock: Clock
+    swarm_clock: SwarmClock
+    metrics: Metrics
+    store: Store
+    identity: Identity
+    network: Network
+    exchange: Exchange
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Which run, and what of it was on disk."""
+
+    manifest: Manifest
+    signed: tuple[bytes, bytes]
+    saved: Saved | None
+    incarnation: int
+    """Grows with every start, so that no sequence number is used twice."""
+
+
+async def join_run(node: Equipment) -> Membership:
+    """The run on disk, the one of the peers we were given, or a new one.
+
+    Raises Incompatible, StateError, and ManifestError for a run that cannot be joined.
+    """
+    incarnation = int(node.clock.wall())
+    generation = await asyncio.to_thread(node.store.recover)
+    for number, reason in node.store.skipped:
+        log.warning("passed over a damaged generation", generation=number, reason=reason)
+    if generation is not None:
+        saved = from_generation(generation)
+        _check_pinned(node.config, saved.manifest)
+        # Slots never go backwards (I3), even if the wall clock did.
+        node.swarm_clock.set(max(node.clock.wall() + saved.clock_offset_s, saved.swarm_time_s))
+        log.info("resuming", generation=generation.number, step=saved.step, tier=saved.tier)
+        return Membership(saved.manifest, saved.signed_manifest, saved, max(incarnation, saved.incarnation + 1))
+    if node.network.bootstrap:
+        node.metrics.set_state("joining")
+        manifest, signed = await joiner.find_run(node.network, node.exchange)
+        _check_pinned(node.config, manifest)
+        node.swarm_clock.step()
+        return Membership(manifest, signed, None, incarnation)
+    manifest, body, signature = found_run(node.config.run, node.identity, node.clock.wall())
+    _check_pinned(node.config, manifest)
+    log.info("founded a run", name=manifest.name, preset=node.config.run.preset, slot_s=manifest.slot_s)
+    return Membership(manifest, (body, signature), None, incarnation)
+
+
+def _check_pinned(config: NodeConfig, manifest: Manifest) -> None:
+    pinned, found = config.network.run_id, manifest.run_id.hex()
+    if pinned is not None and found != pinned:
+        raise Incompatible(
+            f"this is run {found[:12]}..., not {pinned[:12]}...: check --run-id, --peers and --state-dir"
+        )
+
+
+@contextlib.asynccontextmanager
+async def equip(node: Equipment, membership: Membership) -> AsyncIterator[tuple[Replica, Engine]]:
+    """Model, data, trainer thread and engine, as they were or new; the thread ends with the context.
+
+    Raises ConfigError, DataError, Incompatible, ResourceError, StateError.
+    """
+    saved, manifest = membership.saved, membership.manifest
+    model = bridge.model_of(manifest)
+    settings = train_settings(node.config.train, manifest)
+    tier = _tier(node.config, saved, model[0], settings)
+    source = TextSource(tuple(node.config.data.paths))
+    corpus = await asyncio.to_thread(source.load, model[0].vocab_size)
+    batches = Batches(corpus, manifest.seed, node.identity.peer_id, model[0].context, settings.batch)
+    trainer = await asyncio.to_thread(Trainer, model[0], tier, batches, settings)
+    if saved is not None and saved.weights and saved.optimizer:
+        trainer.load_state(load_tensors(node.store, saved.weights, saved.optimizer), {"step": saved.step})
+    totals = saved.totals if saved else Totals()
+    train = node.config.train
+    thread = TrainerThread(trainer, node.clock, threads=train.threads, nice=train.nice, tokens=totals.tokens)
+    replica = Replica(node.store, manifest, membership.signed, tier, model, thread, totals)
+    history = saved.history if saved else History(manifest)
+    if saved is not None:
+        replica.anchors = dict(saved.anchors)
+    elif manifest.founder == node.identity.peer_id:
+        history.begin(manifest.held(tier))
+        await asyncio.to_thread(replica.begin)
+    now = node.swarm_clock.now()
+    engine = Engine(manifest, node.identity, tier, incarnation=membership.incarnation, now=now, history=history)
+    for state in replica.anchors.values():
+        engine.anchor_known(state)
+    thread.start()
+    try:
+        yield replica, engine
+    finally:
+        await asyncio.to_thread(thread.stop)
+
+
+def _tier(config: NodeConfig, saved: Saved | None, model: ModelConfig, settings: TrainSettings) -> int:
+    """The tier on disk, or the one that fits."""
+    wanted = config.train.tier
+    if saved is None:
+        return choose_tier(wanted, model, settings, free_memory_bytes())
+    if wanted not in ("auto", saved.tier):
+        raise Incompatible(f"{config.state.dir} holds tier {saved.tier}: drop --tier, or use another --state-dir")
+    return saved.tier
