@@ -97,7 +97,7 @@ class Engine:
         try:
             opened = wire.open_envelope(data, self.manifest.run_id)
             self.roster.check_fresh(opened.sender, opened.sequence)
-            self._dispatch(opened.sender, opened.message)
+            self._dispatch(opened)
         except WireError as error:
             self.refused[error.refusal] += 1
             raise
@@ -121,7 +121,8 @@ class Engine:
 
     def anchor_known(self, state: FragmentState) -> None:
         """At start: this anchor is on disk, as `history` says."""
-        self._agreement.set_mine(state)
+        if state.fragment in self.history.last:  # else it was lost when the state was stored, and is downloaded anew
+            self._agreement.set_mine(state)
 
     def set_ready(self) -> None:
         """All anchors are here: take part from now on."""
@@ -152,6 +153,8 @@ class Engine:
     def anchor_moved(self, update: events.UpdateDue, state: FragmentState) -> None:
         """Answer to UpdateDue: anchor and weights hold it now."""
         certificate = update.certificate
+        if state.fragment not in self.history.last:
+            return  # the fragment was lost meanwhile: what is downloaded replaces this anchor
         self.history.confirm(certificate, update.acknowledged, undo=update.undo)
         self._agreement.set_mine(state)
 
@@ -188,11 +191,12 @@ class Engine:
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, sender: PeerId, message: Message) -> None:
+    def _dispatch(self, opened: wire.Opened) -> None:
+        sender, message = opened.sender, opened.message
         if sender == self.me:
             raise WireError(Refusal.REPLAYED, "this peer's own message came back, or another peer has its identity")
         if isinstance(message, Heartbeat):
-            return self._on_heartbeat(sender, message)
+            return self._on_heartbeat(sender, message, opened.sequence)
         if self.roster.get(sender) is None:
             raise WireError(Refusal.UNKNOWN_PEER, "no heartbeat of the sender was heard yet")
         match message:
@@ -214,21 +218,28 @@ class Engine:
                     if entry is not None and entry.certificate.name == name:
                         self._send(sender, entry.certificate)
             case wire.Goodbye():
-                self.roster.leave(sender)
-                self._events.append(events.PeerLeft(sender, said_goodbye=True))
+                if self.roster.leave(sender, opened.sequence):
+                    self._events.append(events.PeerLeft(sender, said_goodbye=True))
 
-    def _on_heartbeat(self, sender: PeerId, heartbeat: Heartbeat) -> None:
+    def _on_heartbeat(self, sender: PeerId, heartbeat: Heartbeat, sequence: int) -> None:
         if heartbeat.tier >= self.manifest.tiers:
             raise WireError(Refusal.MALFORMED, f"tier {heartbeat.tier} does not exist in this run")
-        member, returned = self.roster.hear(sender, heartbeat, self._slot)
+        member, returned = self.roster.hear(sender, heartbeat, self._slot, sequence)
         self._introduced.pop(sender, None)
         if returned:
             self._events.append(events.PeerJoined(sender, member.tier, member.addresses))
             self._send(sender, self._heartbeat())
         self._ask_for_missing(member)
         for lost in self._agreement.review(self.roster.live(self._slot), self._slot, self.history):
-            self.history.lose(lost.state.fragment)
-            self._events.append(lost)
+            self._lose(lost)
+
+    def _lose(self, lost: events.FragmentLost) -> None:
+        """Have a fragment downloaded; updates that are not applied yet are in the new anchor or come again."""
+        fragment = lost.state.fragment
+        self.history.lose(fragment)
+        kept = [e for e in self._events if not (isinstance(e, events.UpdateDue) and e.fragment == fragment)]
+        self._events.clear()
+        self._events.extend([*kept, lost])
 
     def _on_offer(self, commitment: wire.Commitment) -> None:
         try:
@@ -339,7 +350,8 @@ class Engine:
         self._asked = {digest: s for digest, s in self._asked.items() if s >= slot - 1}
         self.history.prune(slot)
         self.roster.forget(slot)
-        if self.ready and fragment in self.history.last and slot > self._start_slot:
+        due = slot > max(-1, self._start_slot) and slot not in self.history.offers  # one offer per slot, ever
+        if self.ready and due and fragment in self.history.last:
             self._events.append(events.FragmentDue(slot, fragment))
 
     def _repeat(self) -> None:
@@ -354,7 +366,7 @@ class Engine:
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(
-            self._slot,
+            max(-1, self._slot),
             self.tier,
             self._rounds.ready_slot,
             self.addresses[: limits.ADDRESSES_MAX],

@@ -54,6 +54,10 @@ class UpdateDue:
     """Digest of this peer's own payload if the certificate took it: it is subtracted from the weights."""
     undo: bool = False
 
+    @property
+    def fragment(self) -> int:
+        return self.certificate.verdict.fragment
+
 
 @dataclass(frozen=True)
 class FragmentLost:

@@ -138,7 +138,7 @@ class History:
 
     def blobs(self) -> set[bytes]:
         """Digests that must not be deleted: updates that can be undone or served, offers that may be acknowledged."""
-        return {e.certificate.verdict.update_digest for e in self._entries.values()} | set(self.offers.values())
+        return {e.certificate.verdict.update_digest for e in self._entries.values()} | self.confirmed_blobs()
 
     def acknowledged(self) -> int:
         """How many of the offers remembered here a certificate has taken."""

@@ -45,6 +45,8 @@ class Member:
     ready_slot: int
     heard_slot: int
     """Slot its last heartbeat speaks of, never in the future of this peer's clock."""
+    sequence: int = -1
+    """Of its latest heartbeat or goodbye: an older one that arrives later changes nothing."""
     addresses: tuple[str, ...] = ()
     recent: frozenset[CertificateName] = frozenset()
     anchors: dict[int, FragmentState] = field(default_factory=dict)
@@ -88,9 +90,11 @@ class Roster:
             for stranger in [p for p in self._replay if p not in self._members]:
                 del self._replay[stranger]
 
-    def hear(self, peer: PeerId, heartbeat: Heartbeat, slot: int) -> tuple[Member, bool]:
+    def hear(self, peer: PeerId, heartbeat: Heartbeat, slot: int, sequence: int) -> tuple[Member, bool]:
         """Note a heartbeat received in `slot`: the member, and whether it is new or came back."""
         known = self._members.get(peer)
+        if known is not None and sequence < known.sequence:
+            return known, False
         if known is None and len(self._members) >= limits.ROSTER_PEERS_MAX:
             oldest = min(self._members.values(), key=lambda m: m.heard_slot)
             del self._members[oldest.peer]
@@ -100,6 +104,7 @@ class Roster:
             heartbeat.tier,
             heartbeat.ready_slot,
             min(heartbeat.slot, slot),
+            sequence,
             heartbeat.addresses,
             frozenset(heartbeat.recent),
             {state.fragment: state for state in heartbeat.anchors},
@@ -111,10 +116,13 @@ class Roster:
         self._members[peer] = member
         return member, returned
 
-    def leave(self, peer: PeerId) -> None:
-        """The peer said goodbye."""
-        if member := self._members.get(peer):
-            member.gone = True
+    def leave(self, peer: PeerId, sequence: int) -> bool:
+        """The peer said goodbye; False if it was heard again since."""
+        member = self._members.get(peer)
+        if member is None or sequence < member.sequence:
+            return False
+        member.gone, member.sequence = True, sequence
+        return True
 
     def ban(self, peer: PeerId) -> None:
         """Never listen to this peer again in this run."""

@@ -40,6 +40,7 @@ class Rounds:
         self._rounds: dict[int, SlotRound] = {}
         self.slot = start_slot
         self.ready_slot = -1
+        self._closed_at = float("-inf")
 
     def begin_slot(self, slot: int) -> int:
         """Enter `slot`: the slot whose time for a certificate is over now."""
@@ -56,7 +57,9 @@ class Rounds:
     def next_deadline(self) -> float:
         """When the next round of this peer's own must close with what it has."""
         collecting = [s for s, r in self._rounds.items() if r.owned and r.phase is Phase.COLLECTING]
-        return min(map(self._overdue_at, collecting), default=float("inf"))
+        # One that is overdue has nothing yet, and closes with the first payload that arrives.
+        ahead = [at for at in map(self._overdue_at, collecting) if at > self._closed_at]
+        return min(ahead, default=float("inf"))
 
     def _overdue_at(self, slot: int) -> float:
         return self._manifest.slot_start(slot) + limits.CLOSE_FRACTION * self._manifest.slot_s
@@ -97,6 +100,7 @@ class Rounds:
 
     def close_due(self, now: float) -> None:
         """Close the rounds whose time is up."""
+        self._closed_at = now
         for current in list(self._rounds.values()):
             self._try_close(current, now)
 
