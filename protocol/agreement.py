@@ -30,6 +30,7 @@ class Agreement:
         self._held = held
         self._strikes: dict[int, set[int]] = defaultdict(set)
         self._asked: dict[int, int] = {}
+        self._first_heard: int | None = None
         self.mine: dict[int, FragmentState] = {}
         self.disagreements = 0
         """Mismatches seen so far, also those that healed by themselves."""
@@ -46,6 +47,8 @@ class Agreement:
     def review(self, members: list[Member], now_slot: int, history: History) -> Iterator[FragmentLost]:
         """After a heartbeat: fragments that have to be downloaded, each asked for at most once a window."""
         voices = [member for member in members if member.ready_slot >= 0]
+        if voices and self._first_heard is None:
+            self._first_heard = now_slot
         for fragment in self._held:
             if now_slot - self._asked.get(fragment, -1 << 60) < self._manifest.window:
                 continue
@@ -59,18 +62,19 @@ class Agreement:
     def _choose(self, fragment: int, voices: list[Member], now_slot: int, history: History) -> FragmentState | None:
         """The state to download, or None if ours is fine or it is too early to tell."""
         mine = self.mine.get(fragment)
-        claims = self._claims(fragment, voices)
-        if not claims:
-            return None
+        claims = self._claims(fragment, voices, now_slot)
         if mine is None:
-            # Missing: two peers must agree, unless there is only one to ask.
-            agreed = [s for s, n in claims.items() if n >= min(2, sum(claims.values()))]
-            return max(agreed, key=lambda s: (claims[s], s.slot, s.digest)) if agreed else None
+            return self._agreed(claims, now_slot)
         if mine.slot <= now_slot - history.horizon:
             # Too long ago to be repaired by certificates.
-            newer = [s for s in claims if s.slot > mine.slot]
-            return max(newer, key=lambda s: (claims[s], s.slot, s.digest), default=None)
+            return self._agreed({s: n for s, n in claims.items() if s.slot > mine.slot}, now_slot)
         return self._judge(mine, claims)
+
+    def _agreed(self, claims: dict[FragmentState, int], now_slot: int) -> FragmentState | None:
+        """The state to believe: two peers must agree, unless a slot has passed and there is still only one to ask."""
+        alone = self._first_heard is not None and self._first_heard < now_slot and sum(claims.values()) == 1
+        agreed = [state for state, count in claims.items() if count >= (1 if alone else 2)]
+        return max(agreed, key=lambda s: (claims[s], s.slot, s.digest), default=None)
 
     def _judge(self, mine: FragmentState, claims: dict[FragmentState, int]) -> FragmentState | None:
         """Compare with those who merged the same last slot."""
@@ -89,10 +93,11 @@ class Agreement:
         return best if outvoted and len(strikes) >= _STRIKES else None
 
     @staticmethod
-    def _claims(fragment: int, voices: Iterable[Member]) -> dict[FragmentState, int]:
+    def _claims(fragment: int, voices: Iterable[Member], now_slot: int) -> dict[FragmentState, int]:
         """How many peers hold which state of the fragment."""
         claims: dict[FragmentState, int] = defaultdict(int)
         for member in voices:
-            if (state := member.anchors.get(fragment)) is not None:
+            state = member.anchors.get(fragment)
+            if state is not None and state.slot <= now_slot + 1:
                 claims[state] += 1
         return claims

@@ -19,7 +19,6 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
-from braniac.protocol import committee as seats
 from braniac.protocol import events, limits, wire
 from braniac.protocol.agreement import Agreement
 from braniac.protocol.errors import Refusal, WireError
@@ -105,9 +104,12 @@ class Engine:
 
     def handle_timer(self, now: float) -> None:
         """Let time pass: new slots, repeats, rounds that close or end."""
-        while self._slot < self.manifest.slot_at(now):
+        present = self.manifest.slot_at(now)
+        if present > self._slot + limits.ROSTER_LIVE_SLOTS:
+            self._wake_up(present)
+        while self._slot < present:
             # A peer that slept through many slots wakes up in the present.
-            self._begin_slot(max(self._slot + 1, self.manifest.slot_at(now) - 1))
+            self._begin_slot(max(self._slot + 1, present - 1))
         self._rounds.close_due(now)
         if now >= self._repeat_at:
             self._repeat_at = now + self.manifest.slot_s / 4
@@ -115,7 +117,10 @@ class Engine:
 
     def introduce(self, peer: PeerId) -> None:
         """Somebody says this peer exists: greet it until it answers or enough was tried."""
-        if peer != self.me and self.roster.get(peer) is None and len(self._introduced) < limits.ROSTER_PEERS_MAX:
+        member = self.roster.get(peer)
+        silent = member is None or not member.live(self._slot)
+        unwanted = peer == self.me or peer in self.roster.banned
+        if silent and not unwanted and len(self._introduced) < limits.ROSTER_PEERS_MAX:
             self._introduced.setdefault(peer, self._slot)
             self._send(peer, self._heartbeat())
 
@@ -278,9 +283,7 @@ class Engine:
             raise WireError(Refusal.MALFORMED, "a certificate of a slot that cannot have one")
         if verdict.update_bytes > self.manifest.update_bytes_max(verdict.fragment):
             raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
-        known = [member.peer for member in self.roster] + [self.me]
-        best = set(seats.ranking(self.manifest.run_id, verdict.slot, known)[: limits.CERTIFICATE_RANK_MAX])
-        if all(peer in best for peer, _ in certificate.signatures):
+        if self._rounds.could_decide(verdict, {peer for peer, _ in certificate.signatures}):
             return
         # Its signers may be gone since: then it counts if as many live peers as there are, up to two, have applied it.
         witnesses = [member for member in self.roster.live(self._slot) if member.ready_slot >= 0]
@@ -338,6 +341,17 @@ class Engine:
 
     # --- time --------------------------------------------------------------------------------------------------------
 
+    def _wake_up(self, slot: int) -> None:
+        """This peer slept until the others stopped counting on it, and has heard nothing of them.
+
+        It takes no seat before it has heard who is there: alone in its own eyes it would certify slots all by itself.
+        """
+        if self.ready:
+            self._rounds.ready_slot = slot
+        for member in self.roster:
+            if not member.gone:
+                self._introduced.setdefault(member.peer, slot)
+
     def _begin_slot(self, slot: int) -> None:
         self._slot = slot
         fragment = self.manifest.fragment_of(slot)
@@ -376,8 +390,10 @@ class Engine:
         )
 
     def _broadcast(self, message: Message) -> None:
+        # Whoever is silent for long is tried once in a while, in case it was the network and that has healed.
+        edge = self._slot - (limits.ROSTER_FORGET_SLOTS if self._slot % 64 == 0 else 64)
         for member in self.roster:
-            if not member.gone and member.heard_slot > self._slot - 64:
+            if not member.gone and member.heard_slot > edge:
                 self._send(member.peer, message)
 
     def _send(self, peer: PeerId, message: Message) -> None:

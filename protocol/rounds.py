@@ -163,6 +163,16 @@ class Rounds:
             eligible.append(self._me)
         return seats.committee(self._manifest.run_id, slot, eligible)
 
+    def could_decide(self, verdict: Verdict, signers: set[PeerId]) -> bool:
+        """Whether, as far as this peer can tell, these signers were high enough and no seat was left out."""
+        slot = verdict.slot
+        edge = slot - 2 * limits.ROSTER_LIVE_SLOTS
+        # A signer that has begun to leave is not ready any more, and may still finish what it has begun.
+        heard = [m.peer for m in self._roster if m.heard_slot >= edge and (m.ready_slot >= 0 or m.peer in signers)]
+        ranked = seats.ranking(self._manifest.run_id, slot, [*heard, self._me])
+        enough_seats = len(verdict.committee) >= len(self._committee(slot))
+        return enough_seats and signers <= set(ranked[: limits.CERTIFICATE_RANK_MAX])
+
     def _seat(self, slot: int) -> SlotRound:
         """The round of `slot`. Raises WireError if this peer has no seat in it."""
         if slot not in self._rounds:
