@@ -239,6 +239,7 @@ def swarm(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the run and of the kills.")] = 0,
     preset: Annotated[str, typer.Option(metavar="tiny|small", help="Model of the run.")] = "tiny",
     slot_s: Annotated[float, typer.Option(min=0.1, max=3600, metavar="S", help="Slot length in seconds.")] = 2.0,
+    set_: Sets = None,
     keep_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep states and logs here instead of removing them.")
     ] = None,
@@ -257,12 +258,14 @@ def swarm(
     preset = _config(None, None, run__preset=preset).run.preset
     options = SwarmOptions(
         nodes=nodes, tiers=commands.parse_tiers(tiers), seconds=seconds, kill=kill, seed=seed, preset=preset,
-        slot_s=slot_s, keep_dir=keep_dir, json=json,
+        slot_s=slot_s, sets=tuple(set_ or ()), keep_dir=keep_dir, json=json,
     )  # fmt: skip
     from braniac.node.swarm import run_swarm
 
     report = run_swarm(options)
     typer.echo(commands.json_text(report) if json else commands.aligned_text(report))
+    if not report["ok"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -168,6 +168,8 @@ class SwarmOptions:
     """Model of the run."""
     slot_s: float
     """Slot length."""
+    sets: tuple[str, ...]
+    """`--set key=value` settings of every daemon."""
     keep_dir: Path | None
     """Keep state directories and logs here; None: a temporary folder, removed at the end."""
     json: bool

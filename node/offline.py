@@ -95,8 +95,7 @@ def evaluate(state_dir: Path, *, data: tuple[Path, ...], tiers: tuple[int, ...] 
     config = own.config
     wanted = tuple(range(saved.tier, config.tiers)) if tiers is None else tiers
     widths = {tier: _width(config, tier, own.width) for tier in wanted}
-    corpus = TextSource(data).load(config.vocab_size)
-    windows = Batches(corpus, saved.manifest.seed, b"evaluation", config.context, 1).held_out(_WINDOWS)
+    windows = _windows(config, saved, data)
     return {
         "run_id": saved.manifest.run_id.hex(),
         "step": saved.step,
@@ -105,6 +104,19 @@ def evaluate(state_dir: Path, *, data: tuple[Path, ...], tiers: tuple[int, ...] 
         "agreed": {str(tier): held_out_loss(agreed, windows, width) for tier, width in widths.items()},
         "own": {str(tier): held_out_loss(own, windows, width) for tier, width in widths.items()},
     }
+
+
+def initial_loss(state_dir: Path, *, data: tuple[Path, ...], tier: int) -> float:
+    """Held-out loss of the run's untrained model at `tier`, nats per byte. Raises as `generate`."""
+    _, saved, own = load(state_dir)
+    config = own.config
+    own.init_weights(saved.manifest.seed)
+    return held_out_loss(own, _windows(config, saved, data), _width(config, tier, own.width))
+
+
+def _windows(config: ModelConfig, saved: Saved, data: tuple[Path, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    corpus = TextSource(data).load(config.vocab_size)
+    return Batches(corpus, saved.manifest.seed, b"evaluation", config.context, 1).held_out(_WINDOWS)
 
 
 def _width(config: ModelConfig, tier: int | None, held: int) -> int:

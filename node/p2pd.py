@@ -88,6 +88,7 @@ class P2pd:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us: the daemon must live until peers have heard our goodbye
                 env={"GOLOG_LOG_LEVEL": "error", **os.environ},
             )
         except BaseException as error:

@@ -208,8 +208,10 @@ class Engine:
             case wire.Offer(commitment):
                 if commitment.peer != sender:
                     raise WireError(Refusal.BAD_SIGNATURE, "a commitment of somebody else")
-                self._on_offer(commitment)
+                self._check_honest([commitment])
+                self._rounds.note_commitment(commitment)
             case wire.Proposal(verdict):
+                self._check_honest([share.commitment for share in verdict.shares])
                 self._rounds.check_proposal(sender, verdict)
             case wire.Vote():
                 if (certificate := self._rounds.count_vote(sender, message)) is not None:
@@ -226,6 +228,9 @@ class Engine:
                 if self.roster.leave(sender, opened.sequence):
                     self._events.append(events.PeerLeft(sender, said_goodbye=True))
 
+            case wire.Equivocation():
+                self._ban(message)
+
     def _on_heartbeat(self, sender: PeerId, heartbeat: Heartbeat, sequence: int) -> None:
         if heartbeat.tier >= self.manifest.tiers:
             raise WireError(Refusal.MALFORMED, f"tier {heartbeat.tier} does not exist in this run")
@@ -234,6 +239,8 @@ class Engine:
         if returned:
             self._events.append(events.PeerJoined(sender, member.tier, member.addresses))
             self._send(sender, self._heartbeat())
+            for proof in list(self.roster.banned.values())[-limits.REQUEST_NAMES_MAX :]:
+                self._send(sender, proof)
         self._ask_for_missing(member)
         for lost in self._agreement.review(self.roster.live(self._slot), self._slot, self.history):
             self._lose(lost)
@@ -246,14 +253,19 @@ class Engine:
         self._events.clear()
         self._events.extend([*kept, lost])
 
-    def _on_offer(self, commitment: wire.Commitment) -> None:
-        try:
-            self._rounds.note_commitment(commitment)
-        except WireError as error:
-            if error.refusal is Refusal.EQUIVOCATION:
-                self.roster.ban(commitment.peer)
-                self._events.append(events.Equivocated(commitment.peer, commitment.slot))
-            raise
+    def _check_honest(self, commitments: list[wire.Commitment]) -> None:
+        """Ban a peer that has announced something else for the same slot before. Raises WireError for the message."""
+        for commitment in commitments:
+            if (proof := self._rounds.contradiction(commitment)) is not None:
+                self._ban(proof)
+                raise WireError(Refusal.EQUIVOCATION, "two contributions of one peer to one slot")
+
+    def _ban(self, proof: wire.Equivocation) -> None:
+        """Drop a peer for good and pass on the proof: who sits in committees must stay the same for everybody."""
+        if self.roster.ban(proof):
+            self._rounds.exclude(proof.peer)
+            self._events.append(events.Equivocated(proof.peer, proof.first.slot))
+            self._broadcast(proof)
 
     def _ask_for_missing(self, member: Member) -> None:
         """Anti-entropy: ask for certificates that this peer lists and we lack, each at most once a slot."""

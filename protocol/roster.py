@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from braniac.protocol import limits
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import PeerId
-from braniac.protocol.wire import CertificateName, FragmentState, Heartbeat
+from braniac.protocol.wire import CertificateName, Equivocation, FragmentState, Heartbeat
 
 
 @dataclass
@@ -69,7 +69,8 @@ class Roster:
     def __init__(self) -> None:
         self._members: dict[PeerId, Member] = {}
         self._replay: dict[PeerId, ReplayWindow] = {}
-        self.banned: set[PeerId] = set()
+        self.banned: dict[PeerId, Equivocation] = {}
+        """Peers that are never listened to again in this run, with the proof against each."""
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members.values())
@@ -124,10 +125,15 @@ class Roster:
         member.gone, member.sequence = True, sequence
         return True
 
-    def ban(self, peer: PeerId) -> None:
-        """Never listen to this peer again in this run."""
-        self.banned.add(peer)
-        self._members.pop(peer, None)
+    def ban(self, proof: Equivocation) -> bool:
+        """Never listen to this peer again in this run; False if it is banned already."""
+        if proof.peer in self.banned:
+            return False
+        if len(self.banned) >= limits.ROSTER_PEERS_MAX:
+            del self.banned[next(iter(self.banned))]  # the oldest; one that still misbehaves will be convicted again
+        self.banned[proof.peer] = proof
+        self._members.pop(proof.peer, None)
+        return True
 
     def live(self, slot: int) -> list[Member]:
         return [member for member in self if member.live(slot)]

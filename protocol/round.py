@@ -26,6 +26,8 @@ class Phase(enum.Enum):
     MERGING = enum.auto()
     PROPOSED = enum.auto()
     CERTIFIED = enum.auto()
+    ABANDONED = enum.auto()
+    """Nothing was admissible, or what was proposed holds work of a peer that was banned since."""
 
 
 @dataclass
@@ -54,20 +56,21 @@ class SlotRound:
         return self.committee[0] == self.me
 
     def commit(self, commitment: Commitment) -> bool:
-        """Note a contribution's hash; True if its payload should be fetched. Raises WireError on equivocation."""
-        known = self.commitments.get(commitment.peer)
-        if commitment.peer in self.excluded or (known and known.payload_digest != commitment.payload_digest):
-            self.exclude(commitment.peer)
-            raise WireError(Refusal.EQUIVOCATION, "two contributions of one peer to one slot")
+        """Note a contribution's hash; True if its payload should be fetched. Raises WireError if there are too many."""
+        if commitment.peer in self.commitments:
+            assert self.commitments[commitment.peer].body == commitment.body, "contradictions are found before"
+            return False
         if len(self.commitments) >= limits.CONTRIBUTIONS_PER_SLOT_MAX:
             raise WireError(Refusal.OVERLOADED, "too many contributions to one slot")
         self.commitments[commitment.peer] = commitment
-        return known is None and self.owned and self.phase is Phase.COLLECTING
+        return self.owned and self.phase is Phase.COLLECTING
 
     def exclude(self, peer: PeerId) -> None:
         """Drop a peer that signed two different things."""
         self.excluded.add(peer)
         self.commitments.pop(peer, None)
+        if self.phase is Phase.PROPOSED and self.verdict is not None and self.verdict.share_of(peer) is not None:
+            self.phase = Phase.ABANDONED
 
     def arrived(self) -> list[Commitment]:
         """Commitments whose payload is here, in order of peer id."""
@@ -85,7 +88,7 @@ class SlotRound:
         """The merge is done: write the verdict and sign it first."""
         assert self.owned
         assert self.phase is Phase.MERGING
-        shares = [Share(self.commitments[peer], clip) for peer, clip in clips.items() if peer not in self.excluded]
+        shares = [Share(self.commitments[peer], clip) for peer, clip in clips.items()]
         self.verdict = wire.make_verdict(
             self.run_id, self.slot, self.fragment, self.committee, shares, update_digest, update_bytes
         )
@@ -105,10 +108,10 @@ class SlotRound:
         if verdict.committee != self.committee or sender != verdict.owner:
             raise WireError(Refusal.NOT_COMMITTEE, "a proposal by, or to, another committee")
         for share in verdict.shares:
-            heard = self.commitments.get(share.commitment.peer)
-            if heard is not None and heard.payload_digest != share.commitment.payload_digest:
-                self.exclude(share.commitment.peer)
-                raise WireError(Refusal.EQUIVOCATION, "a contribution that was announced here with another hash")
+            if share.commitment.peer in self.excluded:
+                raise WireError(Refusal.EQUIVOCATION, "a proposal with a contribution of a banned peer")
+            # Remembered, so that another announcement of the same peer shows as a contradiction.
+            self.commitments.setdefault(share.commitment.peer, share.commitment)
 
     def count(self, sender: PeerId, vote: Vote) -> Certificate | None:
         """A vote for this owner's proposal: the certificate, once a majority has signed. Raises WireError."""

@@ -91,6 +91,17 @@ class Rounds:
         if current.commit(commitment):
             self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, (commitment.peer,)))
 
+    def contradiction(self, commitment: Commitment) -> wire.Equivocation | None:
+        """The proof, if its peer has announced something else for the same slot."""
+        current = self._rounds.get(commitment.slot)
+        known = current.commitments.get(commitment.peer) if current else None
+        return wire.Equivocation(known, commitment) if known and known.body != commitment.body else None
+
+    def exclude(self, peer: PeerId) -> None:
+        """A peer was banned: nothing of it is merged any more."""
+        for current in self._rounds.values():
+            current.exclude(peer)
+
     def payload_arrived(self, digest: bytes, now: float) -> None:
         """A blob is here; if it is a contribution, a round may close."""
         for current in list(self._rounds.values()):
@@ -111,9 +122,12 @@ class Rounds:
         if self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and slot > self._start_slot:
             expected.append(self._me)
         if current.may_close(expected, overdue=now >= self._overdue_at(slot)):
-            current.phase = Phase.MERGING
-            arrived = tuple((c.peer, c.weight, c.payload_digest) for c in current.arrived())
-            self._emit(events.MergeDue(slot, fragment, arrived))
+            self._close(current)
+
+    def _close(self, current: SlotRound) -> None:
+        current.phase = Phase.MERGING
+        arrived = tuple((c.peer, c.weight, c.payload_digest) for c in current.arrived())
+        self._emit(events.MergeDue(current.slot, current.fragment, arrived))
 
     def merged(self, slot: int, merged: Merged | None) -> Certificate | None:
         """The merge of an own slot is done: propose it. A committee of one certifies at once."""
@@ -121,7 +135,13 @@ class Rounds:
         if current is None or current.phase is not Phase.MERGING:
             return None
         if merged is None:
-            del self._rounds[slot]
+            current.phase = Phase.ABANDONED
+            return None
+        if any(peer in current.excluded for peer, _ in merged.admitted):
+            # Somebody was banned while the merge ran: once more without them, if anybody is left.
+            current.phase = Phase.COLLECTING
+            if current.may_close((), overdue=True):
+                self._close(current)
             return None
         verdict = current.propose(self._identity, dict(merged.admitted), merged.digest, len(merged.update))
         for peer in current.silent():

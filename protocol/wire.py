@@ -153,7 +153,19 @@ class Goodbye:
     slot: int
 
 
-Message = Heartbeat | Offer | Proposal | Vote | Certificate | CertificateRequest | Goodbye
+@dataclass(frozen=True)
+class Equivocation:
+    """Two different commitments that one peer signed for one slot."""
+
+    first: Commitment
+    second: Commitment
+
+    @property
+    def peer(self) -> PeerId:
+        return self.first.peer
+
+
+Message = Heartbeat | Offer | Proposal | Vote | Certificate | CertificateRequest | Goodbye | Equivocation
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,9 @@ def seal(identity: Identity, run_id: bytes, sequence: int, message: Message) -> 
             content.certificate_request.names.extend(_names_out(message.names))
         case Goodbye():
             content.goodbye.slot = message.slot
+        case Equivocation():
+            content.equivocation.first.CopyFrom(_signed_out(message.first))
+            content.equivocation.second.CopyFrom(_signed_out(message.second))
     data = content.SerializeToString()
     return pb.Envelope(content=data, signature=identity.sign(_ENVELOPE, data)).SerializeToString()
 
@@ -304,6 +319,8 @@ def _message_in(content: pb.Content, run_id: bytes) -> Message:
             return CertificateRequest(_names_in(content.certificate_request.names))
         case "goodbye":
             return Goodbye(_slot(content.goodbye.slot))
+        case "equivocation":
+            return _equivocation_in(content.equivocation, run_id)
     raise WireError(Refusal.MALFORMED, "an envelope without a known message in it")
 
 
@@ -359,6 +376,13 @@ def _commitment_in(signed: pb.SignedCommitment, run_id: bytes) -> Commitment:
         signed.body,
         signed.signature,
     )
+
+
+def _equivocation_in(message: pb.Equivocation, run_id: bytes) -> Equivocation:
+    first, second = _commitment_in(message.first, run_id), _commitment_in(message.second, run_id)
+    _require((first.peer, first.slot) == (second.peer, second.slot), "commitments that have nothing to do with another")
+    _require(first.body != second.body, "the same commitment twice")
+    return Equivocation(first, second)
 
 
 def _verdict_in(data: bytes, run_id: bytes) -> Verdict:

@@ -1,0 +1,179 @@
+"""Figures of a swarm, computed from what its daemons said while they ran; pure functions of the observations."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from braniac.node.config import SwarmOptions
+from braniac.node.control_pb2 import SlotRecord, StatusReply
+
+
+@dataclass
+class Observations:
+    """What one daemon was heard to say, over all its lives."""
+
+    peer_id: str = ""
+    slots: dict[int, SlotRecord] = field(default_factory=dict)
+    states: dict[tuple[int, int], set[bytes]] = field(default_factory=lambda: defaultdict(set))
+    """(fragment, last slot) -> digests of the anchor."""
+    steps: list[tuple[float, int]] = field(default_factory=list)
+    """(local time, inner steps done)"""
+    lag_p99_s: float = 0.0
+    join_bytes: tuple[int, int] = (0, 0)
+    """Received until the first training step, and the size of the fragments."""
+    last: StatusReply | None = None
+    next_slot: int = 0
+    lives: int = 1
+
+    def note(self, at: float, reply: StatusReply) -> None:
+        """One more answer."""
+        self.peer_id = reply.peer_id
+        for record in reply.slots:
+            self.slots[record.slot] = record
+            self.next_slot = max(self.next_slot, record.slot - 8)  # a certificate may settle an earlier slot late
+        for state in reply.digests:
+            self.states[state.fragment, state.slot].add(state.digest)
+        self.last = reply
+        if reply.state == "training":
+            self.steps.append((at, reply.steps))
+            self.lag_p99_s = max(self.lag_p99_s, reply.loop_lag_p99_s if reply.uptime_s > 20 else 0.0)
+            if self.lives == 1:
+                self.join_bytes = (reply.join_bytes_received, reply.join_bytes_needed)
+
+    def restarted(self) -> None:
+        """It was killed: step counts may go back."""
+        self.steps.append((float("nan"), -1))
+        self.lives += 1
+
+    def stall_s_max(self, began: float) -> float:
+        """Longest time without an inner step while it ran."""
+        longest, since, done = 0.0, None, -1
+        for at, steps in self.steps:
+            if steps < 0 or at < began:
+                since, done = None, -1
+            elif since is None or steps > done:
+                since, done = at, steps
+            else:
+                longest = max(longest, at - since)
+        return longest
+
+
+def compare(replies: Iterable[StatusReply]) -> dict[int, dict[str, Any]]:
+    """One look at all daemons: per fragment, whether all that hold it show the same slot and bytes."""
+    held: dict[int, set[tuple[int, bytes]]] = defaultdict(set)
+    holders: dict[int, int] = defaultdict(int)
+    for reply in replies:
+        for state in reply.digests:
+            held[state.fragment].add((state.slot, state.digest))
+            holders[state.fragment] += 1
+    return {
+        fragment: {"agree": len(states) == 1, "slot": max(slot for slot, _ in states), "holders": holders[fragment]}
+        for fragment, states in sorted(held.items())
+    }
+
+
+def build(
+    options: SwarmOptions,
+    observations: Mapping[int, Observations],
+    kills: Sequence[Mapping[str, Any]],
+    agreed: Mapping[int, Mapping[str, Any]],
+    losses: Mapping[str, Mapping[str, float]],
+    exit_codes: Sequence[int],
+    began: float,
+) -> dict[str, Any]:
+    """The swarm's report."""
+    lasts = [o.last for o in observations.values() if o.last is not None]
+    digests: dict[tuple[int, int], set[bytes]] = defaultdict(set)
+    for observed in observations.values():
+        for key, found in observed.states.items():
+            digests[key] |= found
+    gap_s, certificates, slots = certificate_gap(observations.values())
+    joins = [o.join_bytes for o in observations.values() if o.join_bytes[1]]
+    result: dict[str, Any] = {
+        "nodes": options.nodes,
+        "tiers": list(options.tiers),
+        "seconds": options.seconds,
+        "slot_s": options.slot_s,
+        "kills": len(kills),
+        "killed": [dict(kill) for kill in kills],
+        "certificates": certificates,
+        "slots": slots,
+        "certificate_gap_s_max": round(gap_s, 3),
+        "digests_agree": bool(agreed) and all(look["agree"] for look in agreed.values()),
+        "disagreements": sum(len(found) > 1 for found in digests.values()),
+        "final_slots": {str(fragment): look["slot"] for fragment, look in agreed.items()},
+        "loss_start": losses["start"],
+        "loss_end": losses["end"],
+        "loss_end_own_weights": losses["own"],
+        "tokens": sum(reply.tokens for reply in lasts),
+        "uplink_peak_to_mean": round(max(map(peak_to_mean, observations.values())), 3),
+        "bits_per_param_per_window": round(bits_per_parameter(observations.values()), 4),
+        "contributions_merged": sum(reply.contributions_merged for reply in lasts),
+        "forfeited": _sum(reply.forfeited for reply in lasts),
+        "refused": _sum(reply.refused for reply in lasts),
+        "training_stall_s_max": round(max(o.stall_s_max(began) for o in observations.values()), 3),
+        "loop_lag_p99_s_max": round(max(o.lag_p99_s for o in observations.values()), 4),
+        "join_bytes_ratio_max": round(max((got / need for got, need in joins), default=0.0), 4),
+        "exit_codes": list(exit_codes),
+    }
+    result["checks"] = checks(result)
+    result["ok"] = all(result["checks"].values())
+    return result
+
+
+def checks(result: Mapping[str, Any]) -> dict[str, bool]:
+    """What a swarm promises, each true or false."""
+    start, end = result["loss_start"], result["loss_end"]
+    return {
+        "digests_agree": result["digests_agree"],
+        "certificate_gap_at_most_10_slots": result["certificate_gap_s_max"] <= 10 * result["slot_s"],
+        "loss_fell_at_every_tier": all(end[tier] < start[tier] - 0.5 for tier in start),
+        "loop_lag_p99_below_50_ms": result["loop_lag_p99_s_max"] < 0.05,
+        "joined_within_110_percent": result["join_bytes_ratio_max"] <= 1.1,
+        "nobody_stalled": result["training_stall_s_max"] <= 10 * result["slot_s"],
+        "all_left_cleanly": not any(result["exit_codes"]),
+    }
+
+
+def certificate_gap(observations: Iterable[Observations]) -> tuple[float, int, int]:
+    """Longest time between certificates anywhere in the swarm, how many there were, and slots from first to last."""
+    first: dict[int, float] = {}
+    for observed in observations:
+        for record in observed.slots.values():
+            if record.certificate:
+                first[record.slot] = min(record.at_s, first.get(record.slot, record.at_s))
+    times = sorted(first.values())
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    slots = max(first) - min(first) + 1 if first else 0
+    return max(gaps, default=float("inf")), len(first), slots
+
+
+def peak_to_mean(observed: Observations) -> float:
+    """Bytes sent in the busiest slot against the mean slot, joiners' downloads included."""
+    sent = [record.bytes_sent for record in observed.slots.values()]
+    return max(sent) / max(1.0, statistics.fmean(sent)) if sent else 0.0
+
+
+def bits_per_parameter(observations: Iterable[Observations]) -> float:
+    """Payload bits a peer offered per parameter it holds and window; the mean over peers."""
+    found = []
+    for observed in observations:
+        if observed.last is None or not observed.slots:
+            continue
+        windows = len(observed.slots) / observed.last.fragments
+        payload = sum(record.payload_bytes for record in observed.slots.values())
+        found.append(8 * payload / observed.last.parameters / windows)
+    return statistics.fmean(found) if found else 0.0
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = defaultdict(int)
+    for one in counts:
+        for key, count in one.items():
+            total[key] += count
+    return dict(sorted(total.items()))
