@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x62raniac/protocol/messages.proto\x12\x13\x62raniac.protocol.v1\"\x93\x01\n\x07Request\x12\x12\n\x08\x65nvelope\x18\x01 \x01(\x0cH\x00\x12\x32\n\x05\x63hunk\x18\x02 \x01(\x0b\x32!.braniac.protocol.v1.ChunkRequestH\x00\x12\x38\n\x08manifest\x18\x03 \x01(\x0b\x32$.braniac.protocol.v1.ManifestRequestH\x00\x42\x06\n\x04kind\"c\n\x05Reply\x12\x0f\n\x07refusal\x18\x01 \x01(\t\x12\x14\n\x0cswarm_time_s\x18\x02 \x01(\x01\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12\x12\n\nblob_bytes\x18\x04 \x01(\x04\x12\x10\n\x08manifest\x18\x05 \x01(\x0c\">\n\x0c\x43hunkRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\r\"+\n\x0fManifestRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"1\n\x0eSignedManifest\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\".\n\x08\x45nvelope\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xb5\x03\n\x07\x43ontent\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0e\n\x06sender\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x33\n\theartbeat\x18\x04 \x01(\x0b\x32\x1e.braniac.protocol.v1.HeartbeatH\x00\x12+\n\x05offer\x18\x05 \x01(\x0b\x32\x1a.braniac.protocol.v1.OfferH\x00\x12\x31\n\x08proposal\x18\x06 \x01(\x0b\x32\x1d.braniac.protocol.v1.ProposalH\x00\x12)\n\x04vote\x18\x07 \x01(\x0b\x32\x19.braniac.protocol.v1.VoteH\x00\x12\x37\n\x0b\x63\x65rtificate\x18\x08 \x01(\x0b\x32 .braniac.protocol.v1.CertificateH\x00\x12\x46\n\x13\x63\x65rtificate_request\x18\t \x01(\x0b\x32\'.braniac.protocol.v1.CertificateRequestH\x00\x12/\n\x07goodbye\x18\n \x01(\x0b\x32\x1c.braniac.protocol.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\xcf\x01\n\tHeartbeat\x12\x0c\n\x04slot\x18\x01 \x01(\x03\x12\x0c\n\x04tier\x18\x02 \x01(\r\x12\x12\n\nready_slot\x18\x03 \x01(\x03\x12\x11\n\taddresses\x18\x04 \x03(\t\x12\x34\n\x06recent\x18\x05 \x03(\x0b\x32$.braniac.protocol.v1.CertificateName\x12\x33\n\x07\x61nchors\x18\x06 \x03(\x0b\x32\".braniac.protocol.v1.FragmentState\x12\x14\n\x0ctokens_per_s\x18\x07 \x01(\x01\"/\n\x0f\x43\x65rtificateName\x12\x0c\n\x04slot\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"?\n\rFragmentState\x12\x10\n\x08\x66ragment\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"\x89\x01\n\nCommitment\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0c\n\x04peer\x18\x02 \x01(\x0c\x12\x0c\n\x04slot\x18\x03 \x01(\x03\x12\x10\n\x08\x66ragment\x18\x04 \x01(\r\x12\x16\n\x0epayload_digest\x18\x05 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x06 \x01(\r\x12\x0e\n\x06weight\x18\x07 \x01(\r\"3\n\x10SignedCommitment\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"B\n\x05Offer\x12\x39\n\ncommitment\x18\x01 \x01(\x0b\x32%.braniac.protocol.v1.SignedCommitment\"P\n\x05Share\x12\x39\n\ncommitment\x18\x01 \x01(\x0b\x32%.braniac.protocol.v1.SignedCommitment\x12\x0c\n\x04\x63lip\x18\x02 \x01(\r\"\xa5\x01\n\x07Verdict\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0c\n\x04slot\x18\x02 \x01(\x03\x12\x10\n\x08\x66ragment\x18\x03 \x01(\r\x12\x11\n\tcommittee\x18\x04 \x03(\x0c\x12*\n\x06shares\x18\x05 \x03(\x0b\x32\x1a.braniac.protocol.v1.Share\x12\x15\n\rupdate_digest\x18\x06 \x01(\x0c\x12\x14\n\x0cupdate_bytes\x18\x07 \x01(\r\"\x1b\n\x08Proposal\x12\x0f\n\x07verdict\x18\x01 \x01(\x0c\"?\n\x04Vote\x12\x0c\n\x04slot\x18\x01 \x01(\x03\x12\x16\n\x0everdict_digest\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\",\n\tSignature\x12\x0c\n\x04peer\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"R\n\x0b\x43\x65rtificate\x12\x0f\n\x07verdict\x18\x01 \x01(\x0c\x12\x32\n\nsignatures\x18\x02 \x03(\x0b\x32\x1e.braniac.protocol.v1.Signature\"I\n\x12\x43\x65rtificateRequest\x12\x33\n\x05names\x18\x01 \x03(\x0b\x32$.braniac.protocol.v1.CertificateName\"\x17\n\x07Goodbye\x12\x0c\n\x04slot\x18\x01 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x62raniac/protocol/messages.proto\x12\x13\x62raniac.protocol.v1\"\x93\x01\n\x07Request\x12\x12\n\x08\x65nvelope\x18\x01 \x01(\x0cH\x00\x12\x32\n\x05\x63hunk\x18\x02 \x01(\x0b\x32!.braniac.protocol.v1.ChunkRequestH\x00\x12\x38\n\x08manifest\x18\x03 \x01(\x0b\x32$.braniac.protocol.v1.ManifestRequestH\x00\x42\x06\n\x04kind\"c\n\x05Reply\x12\x0f\n\x07refusal\x18\x01 \x01(\t\x12\x14\n\x0cswarm_time_s\x18\x02 \x01(\x01\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12\x12\n\nblob_bytes\x18\x04 \x01(\x04\x12\x10\n\x08manifest\x18\x05 \x01(\x0c\">\n\x0c\x43hunkRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\r\"+\n\x0fManifestRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"1\n\x0eSignedManifest\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\".\n\x08\x45nvelope\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xf0\x03\n\x07\x43ontent\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0e\n\x06sender\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x33\n\theartbeat\x18\x04 \x01(\x0b\x32\x1e.braniac.protocol.v1.HeartbeatH\x00\x12+\n\x05offer\x18\x05 \x01(\x0b\x32\x1a.braniac.protocol.v1.OfferH\x00\x12\x31\n\x08proposal\x18\x06 \x01(\x0b\x32\x1d.braniac.protocol.v1.ProposalH\x00\x12)\n\x04vote\x18\x07 \x01(\x0b\x32\x19.braniac.protocol.v1.VoteH\x00\x12\x37\n\x0b\x63\x65rtificate\x18\x08 \x01(\x0b\x32 .braniac.protocol.v1.CertificateH\x00\x12\x46\n\x13\x63\x65rtificate_request\x18\t \x01(\x0b\x32\'.braniac.protocol.v1.CertificateRequestH\x00\x12/\n\x07goodbye\x18\n \x01(\x0b\x32\x1c.braniac.protocol.v1.GoodbyeH\x00\x12\x39\n\x0c\x65quivocation\x18\x0b \x01(\x0b\x32!.braniac.protocol.v1.EquivocationH\x00\x42\x06\n\x04\x62ody\"\xcf\x01\n\tHeartbeat\x12\x0c\n\x04slot\x18\x01 \x01(\x03\x12\x0c\n\x04tier\x18\x02 \x01(\r\x12\x12\n\nready_slot\x18\x03 \x01(\x03\x12\x11\n\taddresses\x18\x04 \x03(\t\x12\x34\n\x06recent\x18\x05 \x03(\x0b\x32$.braniac.protocol.v1.CertificateName\x12\x33\n\x07\x61nchors\x18\x06 \x03(\x0b\x32\".braniac.protocol.v1.FragmentState\x12\x14\n\x0ctokens_per_s\x18\x07 \x01(\x01\"/\n\x0f\x43\x65rtificateName\x12\x0c\n\x04slot\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"?\n\rFragmentState\x12\x10\n\x08\x66ragment\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"\x89\x01\n\nCommitment\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0c\n\x04peer\x18\x02 \x01(\x0c\x12\x0c\n\x04slot\x18\x03 \x01(\x03\x12\x10\n\x08\x66ragment\x18\x04 \x01(\r\x12\x16\n\x0epayload_digest\x18\x05 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x06 \x01(\r\x12\x0e\n\x06weight\x18\x07 \x01(\r\"3\n\x10SignedCommitment\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"B\n\x05Offer\x12\x39\n\ncommitment\x18\x01 \x01(\x0b\x32%.braniac.protocol.v1.SignedCommitment\"{\n\x0c\x45quivocation\x12\x34\n\x05\x66irst\x18\x01 \x01(\x0b\x32%.braniac.protocol.v1.SignedCommitment\x12\x35\n\x06second\x18\x02 \x01(\x0b\x32%.braniac.protocol.v1.SignedCommitment\"P\n\x05Share\x12\x39\n\ncommitment\x18\x01 \x01(\x0b\x32%.braniac.protocol.v1.SignedCommitment\x12\x0c\n\x04\x63lip\x18\x02 \x01(\r\"\xa5\x01\n\x07Verdict\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0c\n\x04slot\x18\x02 \x01(\x03\x12\x10\n\x08\x66ragment\x18\x03 \x01(\r\x12\x11\n\tcommittee\x18\x04 \x03(\x0c\x12*\n\x06shares\x18\x05 \x03(\x0b\x32\x1a.braniac.protocol.v1.Share\x12\x15\n\rupdate_digest\x18\x06 \x01(\x0c\x12\x14\n\x0cupdate_bytes\x18\x07 \x01(\r\"\x1b\n\x08Proposal\x12\x0f\n\x07verdict\x18\x01 \x01(\x0c\"?\n\x04Vote\x12\x0c\n\x04slot\x18\x01 \x01(\x03\x12\x16\n\x0everdict_digest\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\",\n\tSignature\x12\x0c\n\x04peer\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"R\n\x0b\x43\x65rtificate\x12\x0f\n\x07verdict\x18\x01 \x01(\x0c\x12\x32\n\nsignatures\x18\x02 \x03(\x0b\x32\x1e.braniac.protocol.v1.Signature\"I\n\x12\x43\x65rtificateRequest\x12\x33\n\x05names\x18\x01 \x03(\x0b\x32$.braniac.protocol.v1.CertificateName\"\x17\n\x07Goodbye\x12\x0c\n\x04slot\x18\x01 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,33 +44,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENVELOPE']._serialized_start=467
   _globals['_ENVELOPE']._serialized_end=513
   _globals['_CONTENT']._serialized_start=516
-  _globals['_CONTENT']._serialized_end=953
-  _globals['_HEARTBEAT']._serialized_start=956
-  _globals['_HEARTBEAT']._serialized_end=1163
-  _globals['_CERTIFICATENAME']._serialized_start=1165
-  _globals['_CERTIFICATENAME']._serialized_end=1212
-  _globals['_FRAGMENTSTATE']._serialized_start=1214
-  _globals['_FRAGMENTSTATE']._serialized_end=1277
-  _globals['_COMMITMENT']._serialized_start=1280
-  _globals['_COMMITMENT']._serialized_end=1417
-  _globals['_SIGNEDCOMMITMENT']._serialized_start=1419
-  _globals['_SIGNEDCOMMITMENT']._serialized_end=1470
-  _globals['_OFFER']._serialized_start=1472
-  _globals['_OFFER']._serialized_end=1538
-  _globals['_SHARE']._serialized_start=1540
-  _globals['_SHARE']._serialized_end=1620
-  _globals['_VERDICT']._serialized_start=1623
-  _globals['_VERDICT']._serialized_end=1788
-  _globals['_PROPOSAL']._serialized_start=1790
-  _globals['_PROPOSAL']._serialized_end=1817
-  _globals['_VOTE']._serialized_start=1819
-  _globals['_VOTE']._serialized_end=1882
-  _globals['_SIGNATURE']._serialized_start=1884
-  _globals['_SIGNATURE']._serialized_end=1928
-  _globals['_CERTIFICATE']._serialized_start=1930
-  _globals['_CERTIFICATE']._serialized_end=2012
-  _globals['_CERTIFICATEREQUEST']._serialized_start=2014
-  _globals['_CERTIFICATEREQUEST']._serialized_end=2087
-  _globals['_GOODBYE']._serialized_start=2089
-  _globals['_GOODBYE']._serialized_end=2112
+  _globals['_CONTENT']._serialized_end=1012
+  _globals['_HEARTBEAT']._serialized_start=1015
+  _globals['_HEARTBEAT']._serialized_end=1222
+  _globals['_CERTIFICATENAME']._serialized_start=1224
+  _globals['_CERTIFICATENAME']._serialized_end=1271
+  _globals['_FRAGMENTSTATE']._serialized_start=1273
+  _globals['_FRAGMENTSTATE']._serialized_end=1336
+  _globals['_COMMITMENT']._serialized_start=1339
+  _globals['_COMMITMENT']._serialized_end=1476
+  _globals['_SIGNEDCOMMITMENT']._serialized_start=1478
+  _globals['_SIGNEDCOMMITMENT']._serialized_end=1529
+  _globals['_OFFER']._serialized_start=1531
+  _globals['_OFFER']._serialized_end=1597
+  _globals['_EQUIVOCATION']._serialized_start=1599
+  _globals['_EQUIVOCATION']._serialized_end=1722
+  _globals['_SHARE']._serialized_start=1724
+  _globals['_SHARE']._serialized_end=1804
+  _globals['_VERDICT']._serialized_start=1807
+  _globals['_VERDICT']._serialized_end=1972
+  _globals['_PROPOSAL']._serialized_start=1974
+  _globals['_PROPOSAL']._serialized_end=2001
+  _globals['_VOTE']._serialized_start=2003
+  _globals['_VOTE']._serialized_end=2066
+  _globals['_SIGNATURE']._serialized_start=2068
+  _globals['_SIGNATURE']._serialized_end=2112
+  _globals['_CERTIFICATE']._serialized_start=2114
+  _globals['_CERTIFICATE']._serialized_end=2196
+  _globals['_CERTIFICATEREQUEST']._serialized_start=2198
+  _globals['_CERTIFICATEREQUEST']._serialized_end=2271
+  _globals['_GOODBYE']._serialized_start=2273
+  _globals['_GOODBYE']._serialized_end=2296
 # @@protoc_insertion_point(module_scope)

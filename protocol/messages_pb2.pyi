@@ -195,6 +195,7 @@ class Content(_message.Message):
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     CERTIFICATE_REQUEST_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    EQUIVOCATION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     sender: _builtins.bytes
     """peer id, which is the public key"""
@@ -214,6 +215,8 @@ class Content(_message.Message):
     def certificate_request(self) -> Global___CertificateRequest: ...
     @_builtins.property
     def goodbye(self) -> Global___Goodbye: ...
+    @_builtins.property
+    def equivocation(self) -> Global___Equivocation: ...
     def __init__(
         self,
         *,
@@ -227,12 +230,13 @@ class Content(_message.Message):
         certificate: Global___Certificate | None = ...,
         certificate_request: Global___CertificateRequest | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        equivocation: Global___Equivocation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "offer", b"offer", "proposal", b"proposal", "vote", b"vote"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "offer", b"offer", "proposal", b"proposal", "vote", b"vote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "offer", b"offer", "proposal", b"proposal", "run_id", b"run_id", "sender", b"sender", "sequence", b"sequence", "vote", b"vote"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "offer", b"offer", "proposal", b"proposal", "run_id", b"run_id", "sender", b"sender", "sequence", b"sequence", "vote", b"vote"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "offer", "proposal", "vote", "certificate", "certificate_request", "goodbye"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "offer", "proposal", "vote", "certificate", "certificate_request", "goodbye", "equivocation"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -416,6 +420,32 @@ class Offer(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Offer: _TypeAlias = Offer  # noqa: Y015
+
+@_typing.final
+class Equivocation(_message.Message):
+    """Proof that a peer signed two contributions to one slot: whoever sees it bans the peer, whoever brings it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    SECOND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def first(self) -> Global___SignedCommitment: ...
+    @_builtins.property
+    def second(self) -> Global___SignedCommitment: ...
+    def __init__(
+        self,
+        *,
+        first: Global___SignedCommitment | None = ...,
+        second: Global___SignedCommitment | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Equivocation: _TypeAlias = Equivocation  # noqa: Y015
 
 @_typing.final
 class Share(_message.Message):

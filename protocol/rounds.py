@@ -52,7 +52,7 @@ class Rounds:
     @property
     def busy(self) -> bool:
         """Whether a slot that this peer owns still waits for its certificate."""
-        return any(r.owned and r.phase is not Phase.CERTIFIED for r in self._rounds.values())
+        return any(r.owned and r.phase not in (Phase.CERTIFIED, Phase.ABANDONED) for r in self._rounds.values())
 
     def next_deadline(self) -> float:
         """When the next round of this peer's own must close with what it has."""
