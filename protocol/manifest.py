@@ -80,7 +80,7 @@ class Manifest:
         _check(len(self.layout_digest) == 32, "a 32-byte layout digest")
         _check(1 << 10 <= self.merge.step_q16 <= 1 << 18, "an outer step between 1/64 and 4")
         _check(self.merge.coverage_halves in (0, 1, 2), "a coverage exponent of 0, 1 or 2 halves")
-        _check(1 <= self.merge.weight_cap <= 16, "a weight cap between 1 and 16")
+        _check(1 <= self.merge.weight_cap <= 8, "a weight cap between 1 and 8")  # merge.py's sums stay below 2**63
 
     @property
     def slot_s(self) -> float:
@@ -172,7 +172,7 @@ def open_manifest(body: bytes, signature: bytes) -> Manifest:
                 "install the braniac-node version that the run asks for"
             )
         manifest = _parse(content)
-    except (ValueError, KeyError, TypeError, AssertionError, IdentityError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IdentityError, RecursionError) as error:
         raise ManifestError(f"the run manifest is malformed ({type(error).__name__}: {error})"[:300]) from None
     if manifest.body() != body:
         raise ManifestError("the run manifest is not in canonical form")
@@ -182,10 +182,7 @@ def open_manifest(body: bytes, signature: bytes) -> Manifest:
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
-    fragments = tuple(
-        FragmentSpec(_integer(ring), TileLayout(tuple((_integer(s), _integer(c)) for s, c in groups)))
-        for ring, groups in content["fragments"]
-    )
+    fragments = tuple(FragmentSpec(_integer(ring), _layout(groups)) for ring, groups in content["fragments"])
     for key in ("model", "data"):
         _check(isinstance(content[key], dict), f"an object under {key!r}")
     return Manifest(
@@ -199,10 +196,24 @@ def _parse(content: dict[str, Any]) -> Manifest:
         data=content["data"],
         layout_digest=bytes.fromhex(content["layout_digest"]),
         fragments=fragments,
-        up=CodecRules(*map(_integer, content["up"])),
-        down=CodecRules(*map(_integer, content["down"])),
+        up=_rules(content["up"]),
+        down=_rules(content["down"]),
         merge=MergeRules(*map(_integer, content["merge"])),
     )
+
+
+def _layout(groups: list[list[int]]) -> TileLayout:
+    pairs = tuple((_integer(size), _integer(count)) for size, count in groups)
+    good = all(0 < size <= limits.TILE_SIZE_MAX and count > 0 for size, count in pairs)
+    _check(good and 0 < sum(count for _, count in pairs) <= limits.FRAGMENT_TILES_MAX, "tiles in range")
+    return TileLayout(pairs)
+
+
+def _rules(values: list[int]) -> CodecRules:
+    per_tile, magnitude_bits = map(_integer, values)
+    good = 0 < per_tile <= limits.TILE_SIZE_MAX and 0 < magnitude_bits <= limits.MAGNITUDE_BITS_MAX
+    _check(good, "codec rules in range")
+    return CodecRules(per_tile, magnitude_bits)
 
 
 def _integer(value: object) -> int:

@@ -4,9 +4,10 @@
     N_i = W, sqrt(W * W_i) or W_i               W: weight of all contributors, W_i: of those that sent coordinate i
     U   = top-k2 per tile of A, quantised       what does not fit returns to its senders
 
-Everything is int64 with two declared roundings: division rounds half away from zero, the square root rounds down
-(IEEE 754 square roots of integers below 2**52 are exactly rounded, so every machine agrees). A single contribution
-comes back unchanged at alpha = 1, whatever the normaliser: a swarm of one trains exactly as if it were alone.
+Everything is int64 and stays below 2**63 with the most contributors, weights and levels that are legal. There are two
+declared roundings: division rounds half away from zero, the square root rounds down (IEEE 754 square roots of integers
+below 2**52 are exactly rounded, so every machine agrees). A single contribution comes back unchanged at alpha = 1,
+whatever the normaliser: a swarm of one trains exactly as if it were alone.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from braniac.protocol import committee as seats
@@ -75,7 +76,8 @@ class Rounds:
         )
         for peer in self._committee(slot):
             if peer == self._me:
-                self.note_commitment(commitment)
+                with contextlib.suppress(WireError):  # a full slot: the work is offered again, like anybody's
+                    self.note_commitment(commitment)
             else:
                 self._send(peer, wire.Offer(commitment))
 
