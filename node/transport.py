@@ -113,7 +113,7 @@ class Transport(Protocol):
         """Return when the transport is dead or closed; its calls in flight fail at the same moment."""
 
     async def close(self) -> None:
-        """Fail calls in flight, stop answering and free everything; a second call does nothing."""
+        """Fail calls in flight, stop answering and free everything; needed before the loop ends, harmless twice."""
 
 
 def parse_address(text: str) -> tuple[PeerId, str]:
