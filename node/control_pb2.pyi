@@ -292,7 +292,7 @@ class SlotRecord(_message.Message):
     owner: _builtins.str
     """peer id"""
     bytes_sent: _builtins.int
-    """by this node for this slot, all messages together"""
+    """by this node during this slot, without the downloads of joiners"""
     payload_bytes: _builtins.int
     """of this node's own contribution"""
     def __init__(

@@ -69,6 +69,8 @@ class Daemon:
         self._main: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._leaving = asyncio.Event()
+        self._at_rest = asyncio.Event()
+        """Set while no slot that this node owns waits for its certificate."""
         self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState] = asyncio.Queue()
         self._fetching: set[bytes] = set()
         self._in_flight: Counter[PeerId] = Counter()
@@ -129,6 +131,7 @@ class Daemon:
         self.status.take_part(engine, self._replica)
         node.exchange.manifest, node.exchange.engine = self._membership.signed, engine
         node.exchange.on_input = self._wake.set
+        node.exchange.is_anchor = self._replica.is_anchor
         node.exchange.synchronised = True
         log.info("taking part", run_id=engine.manifest.run_id.hex(), name=engine.manifest.name, tier=engine.tier)
         for address in engine.addresses:
@@ -162,8 +165,7 @@ class Daemon:
         self._wake.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(3 * engine.manifest.slot_s):
-                while engine.busy:
-                    await asyncio.sleep(engine.manifest.slot_s / 8)
+                await self._at_rest.wait()
         await self._ordered.join()
         engine.goodbye()
         async with asyncio.TaskGroup() as farewell:
@@ -182,6 +184,10 @@ class Daemon:
         while True:
             engine.handle_timer(clock.now())
             self._flush()
+            if engine.busy:
+                self._at_rest.clear()
+            else:
+                self._at_rest.set()
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, engine.get_timer() - clock.now())):
@@ -218,6 +224,11 @@ class Daemon:
                 self._spawn(self._merge(event))
             case events.FragmentLost():
                 self._spawn(self._download(event))
+            case events.FragmentUnheld(fragment):
+                self._spawn(self._begin_fragment(fragment))
+            case events.PeerMentioned(peer, addresses):
+                self.node.network.remember(peer, addresses)
+                self._introduce(peer)
             case events.PeerJoined(peer, tier, addresses):
                 self.node.network.remember(peer, addresses)
                 log.info("a peer joined", peer=short_name(peer), tier=tier)
@@ -270,6 +281,8 @@ class Daemon:
 
     async def _apply(self, update: events.UpdateDue) -> None:
         """Apply a certificate: the anchor moves, the weights follow, own work that was taken is subtracted."""
+        if update.fragment not in self._engine.history.last:
+            return  # the fragment was lost meanwhile: the update is in what is downloaded, or comes again
         with self.status.phase("apply"):
             try:
                 state = await self._replica.apply(update)
@@ -353,6 +366,7 @@ class Daemon:
                 lost.state.digest,
                 self._replica.anchor_bytes(fragment),
                 lost.holders,
+                "anchor",
                 self._bar.advance if self._bar else _ignore,
             )
         except (BlobUnavailable, DiskFull) as error:
@@ -360,6 +374,14 @@ class Daemon:
             self._engine.fragment_unavailable(fragment)
         else:
             self._ordered.put_nowait(lost.state)
+        self._wake.set()
+
+    async def _begin_fragment(self, fragment: int) -> None:
+        """Nobody holds this fragment: start it from the run's initial weights."""
+        log.warning("nobody holds a fragment, starting it anew", fragment=fragment)
+        state = await asyncio.to_thread(self._replica.initial_state, fragment)
+        self._replica.pin(state.digest, self._engine.slot)
+        self._ordered.put_nowait(state)
         self._wake.set()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -51,8 +52,11 @@ class Exchange:
         self._clock = clock
         self._swarm_clock = swarm_clock
         self._timeout_s = call_timeout_s
-        self.sent_bytes = 0
-        self.received_bytes = 0
+        self.is_anchor: Callable[[bytes], bool] = lambda digest: False
+        """Whether a blob is an anchor: serving a newcomer's download is counted apart."""
+        self.sent: Counter[str] = Counter()
+        """Bytes sent by kind: message, blob (contributions and updates), anchor."""
+        self.received: Counter[str] = Counter()
 
     # --- answering ---------------------------------------------------------------------------------------------------
 
@@ -65,7 +69,7 @@ class Exchange:
                 case "envelope":
                     self._receive(request.envelope)
                 case "chunk":
-                    kind = "blob"
+                    kind = "anchor" if self.is_anchor(request.chunk.digest) else "blob"
                     await self._read_chunk(request.chunk, reply)
                 case "manifest":
                     self._give_manifest(reply)
@@ -142,6 +146,7 @@ class Exchange:
         digest: bytes,
         size: int,
         holders: Sequence[PeerId],
+        kind: str = "blob",
         on_bytes: Callable[[int], None] = lambda count: None,
     ) -> None:
         """Bring a blob into the store, trying the holders in turn. Raises BlobUnavailable, DiskFull."""
@@ -152,7 +157,7 @@ class Exchange:
             if holder == transport.peer_id:
                 continue
             try:
-                data = await self._pull(transport, holder, digest, size, on_bytes)
+                data = await self._pull(transport, holder, digest, size, kind, on_bytes)
             except (Unreachable, BlobUnavailable) as error:
                 reasons.append(str(error))
                 continue
@@ -168,6 +173,7 @@ class Exchange:
         holder: PeerId,
         digest: bytes,
         size: int,
+        kind: str,
         on_bytes: Callable[[int], None],
     ) -> bytes:
         """The whole blob from one holder, in a few chunks at a time, checked against its hash."""
@@ -178,7 +184,7 @@ class Exchange:
             for offset in offsets:
                 length = min(limits.CHUNK_BYTES_MAX, size - offset)
                 request = pb.Request(chunk=pb.ChunkRequest(digest=digest, offset=offset, length=length))
-                reply = await self._call(transport, holder, request, "blob")
+                reply = await self._call(transport, holder, request, kind)
                 if reply.refusal or len(reply.chunk) != length or reply.blob_bytes != size:
                     raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({reply.refusal or 'short'})")
                 data[offset : offset + length] = reply.chunk
@@ -212,8 +218,8 @@ class Exchange:
         return reply
 
     def _count(self, *, sent: int, received: int, kind: str) -> None:
-        self.sent_bytes += sent
-        self.received_bytes += received
+        self.sent[kind] += sent
+        self.received[kind] += received
         self._metrics.net_bytes.labels("sent", kind).inc(sent)
         self._metrics.net_bytes.labels("received", kind).inc(received)
 

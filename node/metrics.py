@@ -33,7 +33,7 @@ CONTRIBUTION_OUTCOMES = ("merged", "unacknowledged", "refused")
 FORFEIT_REASONS = ("killed", "too_old", "refused", "clipped")
 DIVERGENCES = ("fork", "digest")  # two certificates for one slot; other bytes than the majority
 DIRECTIONS = ("sent", "received")
-TRAFFIC_KINDS = ("message", "blob")  # small signed messages; contributions, updates and anchors by hash
+TRAFFIC_KINDS = ("message", "blob", "anchor")  # signed messages; contributions and updates; downloads of joiners
 SPLITS = ("train", "validation")
 PHASES = ("compress", "offer", "merge", "fetch", "apply", "checkpoint")
 

@@ -75,10 +75,18 @@ class Replica:
         return bridge.anchor_from_bytes(data, self._fragments[fragment].size)
 
     def begin(self) -> None:
-        """Put the initial anchors of a new run into the store. Raises DiskFull."""
+        """Take up the initial anchors of a new run. Raises DiskFull."""
         for index in self.manifest.held(self.tier):
-            anchor = bridge.initial_anchor(self.config, self._fragments[index], self.manifest.seed)
-            self.anchors[index] = FragmentState(index, -1, self._store.put(bridge.anchor_bytes(anchor)))
+            self.anchors[index] = self.initial_state(index)
+
+    def initial_state(self, fragment: int) -> FragmentState:
+        """A fragment before the first slot, its anchor put into the store. Raises DiskFull."""
+        anchor = bridge.initial_anchor(self.config, self._fragments[fragment], self.manifest.seed)
+        return FragmentState(fragment, -1, self._store.put(bridge.anchor_bytes(anchor)))
+
+    def is_anchor(self, digest: bytes) -> bool:
+        """Whether a blob is one of the anchors held here."""
+        return any(state.digest == digest for state in self.anchors.values())
 
     def anchor_bytes(self, fragment: int) -> int:
         """Size of a fragment's anchor as it is downloaded."""

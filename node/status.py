@@ -39,7 +39,8 @@ class Status:
         self._began_s = node.clock.monotonic()
         self._records: deque[pb.SlotRecord] = deque(maxlen=_RECORDS_MAX)
         self._payload_bytes: dict[int, int] = {}
-        self._slot_sent_bytes = 0
+        self._sent_bytes: dict[int, int] = {}
+        self._sent_before = 0
         self._join_received_bytes = 0
         self._troubles: dict[str, str] = {}
         self._forfeits: Counter[str] = Counter()
@@ -55,7 +56,7 @@ class Status:
 
     def training_began(self) -> None:
         """The join, if there was one, is over."""
-        self._join_received_bytes = self._node.exchange.received_bytes if self.bar else 0
+        self._join_received_bytes = self._node.exchange.received.total() if self.bar else 0
 
     def trouble(self, kind: str, sentence: str) -> None:
         """Something that does not stop the node but should be known; an empty sentence ends it."""
@@ -85,6 +86,10 @@ class Status:
         assert self._replica is not None
         metrics, progress = self._node.metrics, self._replica.trainer.progress
         metrics.slot.set(event.slot)
+        sent = self._node.exchange.sent
+        steady = sent["message"] + sent["blob"]
+        self._sent_bytes[event.slot - 1], self._sent_before = steady - self._sent_before, steady
+        self._sent_bytes.pop(event.slot - _RECORDS_MAX, None)
         metrics.peers.set(self._live())
         metrics.clock_offset.set(self._clock_offset_s())
         metrics.tokens.inc(progress.tokens - self._reported_tokens)
@@ -108,16 +113,13 @@ class Status:
         assert self.engine is not None
         assert self._replica is not None
         outcome = self._outcome(event)
-        sent = self._node.exchange.sent_bytes
         record = pb.SlotRecord(
             slot=event.slot,
             fragment=event.fragment,
             outcome=outcome,
             at_s=self._node.swarm_clock.now(),
-            bytes_sent=sent - self._slot_sent_bytes,
             payload_bytes=self._payload_bytes.get(event.slot, 0),
         )
-        self._slot_sent_bytes = sent
         if event.certificate is not None:
             verdict = event.certificate.verdict
             record.certificate, record.contributors = verdict.digest, len(verdict.shares)
@@ -166,6 +168,8 @@ class Status:
     def status(self, since_slot: int) -> pb.StatusReply:
         """See ControlSource."""
         node = self._node
+        for record in self._records:
+            record.bytes_sent = self._sent_bytes.get(record.slot, 0)
         reply = pb.StatusReply(
             peer_id=peer_id_text(node.identity.peer_id),
             state=node.metrics.state,
@@ -173,9 +177,9 @@ class Status:
             protocol_version=limits.PROTOCOL_VERSION,
             uptime_s=node.clock.monotonic() - self._began_s,
             clock_offset_s=self._clock_offset_s(),
-            bytes_sent=node.exchange.sent_bytes,
-            bytes_received=node.exchange.received_bytes,
-            join_bytes_received=self._join_received_bytes or (node.exchange.received_bytes if self.bar else 0),
+            bytes_sent=node.exchange.sent.total(),
+            bytes_received=node.exchange.received.total(),
+            join_bytes_received=self._join_received_bytes or (node.exchange.received.total() if self.bar else 0),
             join_bytes_needed=self.bar.total_bytes if self.bar else 0,
             loop_lag_p50_s=self._lag.quantile(0.5),
             loop_lag_p99_s=self._lag.quantile(0.99),

@@ -203,9 +203,10 @@ class Swarm:
 
     async def _until(self, condition: Callable[[], Awaitable[_Result | None]]) -> _Result:
         async with asyncio.timeout(_START_S_MAX):
-            while (result := await condition()) is None:
+            while True:
+                if (result := await condition()) is not None:
+                    return result
                 await asyncio.sleep(0.1)
-            return result
 
     # --- judging -----------------------------------------------------------------------------------------------------
 

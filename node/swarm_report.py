@@ -154,8 +154,8 @@ def certificate_gap(observations: Iterable[Observations]) -> tuple[float, int, i
 
 
 def peak_to_mean(observed: Observations) -> float:
-    """Bytes sent in the busiest slot against the mean slot, joiners' downloads included."""
-    sent = [record.bytes_sent for record in observed.slots.values()]
+    """Bytes sent in the busiest slot against the mean slot, without the downloads of joiners."""
+    sent = [record.bytes_sent for record in observed.slots.values() if record.bytes_sent]
     return max(sent) / max(1.0, statistics.fmean(sent)) if sent else 0.0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from braniac.protocol.events import FragmentLost
+from braniac.protocol.events import FragmentLost, FragmentUnheld
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
@@ -19,6 +19,7 @@ from braniac.protocol.roster import Member
 from braniac.protocol.wire import FragmentState
 
 _STRIKES = 2
+_UNHELD_SLOTS = 4
 
 
 class Agreement:
@@ -44,8 +45,8 @@ class Agreement:
         """A download failed: the next review may choose anew."""
         self._asked.pop(fragment, None)
 
-    def review(self, members: list[Member], now_slot: int, history: History) -> Iterator[FragmentLost]:
-        """After a heartbeat: fragments that have to be downloaded, each asked for at most once a window."""
+    def review(self, members: list[Member], now_slot: int, history: History) -> Iterator[FragmentLost | FragmentUnheld]:
+        """After a heartbeat: fragments to be downloaded or begun anew, each asked for at most once a window."""
         voices = [member for member in members if member.ready_slot >= 0]
         if voices and self._first_heard is None:
             self._first_heard = now_slot
@@ -58,6 +59,14 @@ class Agreement:
                 self.mine.pop(fragment, None)
                 holders = tuple(m.peer for m in voices if m.anchors.get(fragment) == choice)
                 yield FragmentLost(choice, holders)
+            elif self._unheld(fragment, voices, now_slot):
+                self._asked[fragment] = now_slot
+                yield FragmentUnheld(fragment)
+
+    def _unheld(self, fragment: int, voices: list[Member], now_slot: int) -> bool:
+        """Whether a fragment is missing here and nobody has spoken of it for long enough to be sure."""
+        patient = self._first_heard is not None and now_slot >= self._first_heard + _UNHELD_SLOTS
+        return patient and fragment not in self.mine and not self._claims(fragment, voices, now_slot)
 
     def _choose(self, fragment: int, voices: list[Member], now_slot: int, history: History) -> FragmentState | None:
         """The state to download, or None if ours is fine or it is too early to tell."""

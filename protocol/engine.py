@@ -228,6 +228,10 @@ class Engine:
                 if self.roster.leave(sender, opened.sequence):
                     self._events.append(events.PeerLeft(sender, said_goodbye=True))
 
+            case wire.Introduction(peers):
+                for peer, addresses in peers:
+                    if peer != self.me and self.roster.get(peer) is None:
+                        self._events.append(events.PeerMentioned(peer, addresses))
             case wire.Equivocation():
                 self._ban(message)
 
@@ -239,11 +243,15 @@ class Engine:
         if returned:
             self._events.append(events.PeerJoined(sender, member.tier, member.addresses))
             self._send(sender, self._heartbeat())
+            self._introduce_others(sender)
             for proof in list(self.roster.banned.values())[-limits.REQUEST_NAMES_MAX :]:
                 self._send(sender, proof)
         self._ask_for_missing(member)
         for lost in self._agreement.review(self.roster.live(self._slot), self._slot, self.history):
-            self._lose(lost)
+            if isinstance(lost, events.FragmentUnheld):
+                self._events.append(lost)
+            else:
+                self._lose(lost)
 
     def _lose(self, lost: events.FragmentLost) -> None:
         """Have a fragment downloaded; updates that are not applied yet are in the new anchor or come again."""
@@ -252,6 +260,14 @@ class Engine:
         kept = [e for e in self._events if not (isinstance(e, events.UpdateDue) and e.fragment == fragment)]
         self._events.clear()
         self._events.extend([*kept, lost])
+
+    def _introduce_others(self, newcomer: PeerId) -> None:
+        """Name the peers heard last to a newcomer: who waits for the directory sits in other committees meanwhile."""
+        others = [m for m in self.roster.live(self._slot) if m.peer != newcomer]
+        others.sort(key=lambda m: (-m.heard_slot, m.peer))
+        if others:
+            named = tuple((m.peer, m.addresses) for m in others[: limits.INTRODUCED_MAX])
+            self._send(newcomer, wire.Introduction(named))
 
     def _check_honest(self, commitments: list[wire.Commitment]) -> None:
         """Ban a peer that has announced something else for the same slot before. Raises WireError for the message."""

@@ -90,6 +90,21 @@ class PeerJoined:
 
 
 @dataclass(frozen=True)
+class PeerMentioned:
+    """A peer says that another one is about: remember where it can be reached, then `Engine.introduce` it."""
+
+    peer: PeerId
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FragmentUnheld:
+    """Nobody holds this fragment: begin it from the initial weights, then `Engine.fragment_restored` (answer)."""
+
+    fragment: int
+
+
+@dataclass(frozen=True)
 class PeerLeft:
     """A peer said goodbye, or was silent for too long."""
 
@@ -114,6 +129,8 @@ Event = (
     | FragmentLost
     | SlotSettled
     | PeerJoined
+    | PeerMentioned
+    | FragmentUnheld
     | PeerLeft
     | Equivocated
 )

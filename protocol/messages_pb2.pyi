@@ -196,6 +196,7 @@ class Content(_message.Message):
     CERTIFICATE_REQUEST_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
     EQUIVOCATION_FIELD_NUMBER: _builtins.int
+    INTRODUCTION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     sender: _builtins.bytes
     """peer id, which is the public key"""
@@ -217,6 +218,8 @@ class Content(_message.Message):
     def goodbye(self) -> Global___Goodbye: ...
     @_builtins.property
     def equivocation(self) -> Global___Equivocation: ...
+    @_builtins.property
+    def introduction(self) -> Global___Introduction: ...
     def __init__(
         self,
         *,
@@ -231,12 +234,13 @@ class Content(_message.Message):
         certificate_request: Global___CertificateRequest | None = ...,
         goodbye: Global___Goodbye | None = ...,
         equivocation: Global___Equivocation | None = ...,
+        introduction: Global___Introduction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "offer", b"offer", "proposal", b"proposal", "vote", b"vote"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "introduction", b"introduction", "offer", b"offer", "proposal", b"proposal", "vote", b"vote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "offer", b"offer", "proposal", b"proposal", "run_id", b"run_id", "sender", b"sender", "sequence", b"sequence", "vote", b"vote"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "introduction", b"introduction", "offer", b"offer", "proposal", b"proposal", "run_id", b"run_id", "sender", b"sender", "sequence", b"sequence", "vote", b"vote"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "offer", "proposal", "vote", "certificate", "certificate_request", "goodbye", "equivocation"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "offer", "proposal", "vote", "certificate", "certificate_request", "goodbye", "equivocation", "introduction"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -625,6 +629,51 @@ class CertificateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CertificateRequest: _TypeAlias = CertificateRequest  # noqa: Y015
+
+@_typing.final
+class Introduction(_message.Message):
+    """Whom a newcomer should greet, so that everybody knows everybody within a slot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Acquaintance]: ...
+    def __init__(
+        self,
+        *,
+        peers: _abc.Iterable[Global___Acquaintance] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Introduction: _TypeAlias = Introduction  # noqa: Y015
+
+@_typing.final
+class Acquaintance(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    peer: _builtins.bytes
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        peer: _builtins.bytes = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "peer", b"peer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Acquaintance: _TypeAlias = Acquaintance  # noqa: Y015
 
 @_typing.final
 class Goodbye(_message.Message):

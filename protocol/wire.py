@@ -154,6 +154,13 @@ class Goodbye:
 
 
 @dataclass(frozen=True)
+class Introduction:
+    """Peers a newcomer should greet, with the addresses they gave."""
+
+    peers: tuple[tuple[PeerId, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Equivocation:
     """Two different commitments that one peer signed for one slot."""
 
@@ -165,7 +172,7 @@ class Equivocation:
         return self.first.peer
 
 
-Message = Heartbeat | Offer | Proposal | Vote | Certificate | CertificateRequest | Goodbye | Equivocation
+Message = Heartbeat | Offer | Proposal | Vote | Certificate | CertificateRequest | Goodbye | Equivocation | Introduction
 
 
 @dataclass(frozen=True)
@@ -199,6 +206,9 @@ def seal(identity: Identity, run_id: bytes, sequence: int, message: Message) -> 
             content.certificate_request.names.extend(_names_out(message.names))
         case Goodbye():
             content.goodbye.slot = message.slot
+        case Introduction():
+            for peer, addresses in message.peers:
+                content.introduction.peers.add(peer=peer, addresses=addresses)
         case Equivocation():
             content.equivocation.first.CopyFrom(_signed_out(message.first))
             content.equivocation.second.CopyFrom(_signed_out(message.second))
@@ -319,6 +329,8 @@ def _message_in(content: pb.Content, run_id: bytes) -> Message:
             return CertificateRequest(_names_in(content.certificate_request.names))
         case "goodbye":
             return Goodbye(_slot(content.goodbye.slot))
+        case "introduction":
+            return _introduction_in(content.introduction)
         case "equivocation":
             return _equivocation_in(content.equivocation, run_id)
     raise WireError(Refusal.MALFORMED, "an envelope without a known message in it")
@@ -333,8 +345,6 @@ def open_certificate(data: bytes, run_id: bytes) -> Certificate:
 
 
 def _heartbeat_in(message: pb.Heartbeat) -> Heartbeat:
-    _require(len(message.addresses) <= limits.ADDRESSES_MAX, "too many addresses")
-    _require(all(len(a.encode()) <= limits.ADDRESS_BYTES_MAX for a in message.addresses), "an address is too long")
     _require(len(message.anchors) <= limits.FRAGMENTS_MAX, "too many fragments")
     _require(message.tier < 16, "no such tier")
     _require(0 <= message.tokens_per_s < 1e12, "a speed out of range")
@@ -343,11 +353,23 @@ def _heartbeat_in(message: pb.Heartbeat) -> Heartbeat:
         _slot(message.slot, -1),
         message.tier,
         _slot(message.ready_slot, -1),
-        tuple(message.addresses),
+        _addresses(message.addresses),
         _names_in(message.recent),
         anchors,
         message.tokens_per_s,
     )
+
+
+def _introduction_in(message: pb.Introduction) -> Introduction:
+    _require(len(message.peers) <= limits.INTRODUCED_MAX, "too many peers at once")
+    return Introduction(tuple((_peer(p.peer), _addresses(p.addresses)) for p in message.peers))
+
+
+def _addresses(texts: Iterable[str]) -> tuple[str, ...]:
+    found = tuple(texts)
+    _require(len(found) <= limits.ADDRESSES_MAX, "too many addresses")
+    _require(all(len(a.encode()) <= limits.ADDRESS_BYTES_MAX for a in found), "an address is too long")
+    return found
 
 
 def _names_in(names: Iterable[pb.CertificateName]) -> tuple[CertificateName, ...]:
