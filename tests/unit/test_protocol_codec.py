@@ -1,0 +1,205 @@
+"""The codec: what goes in comes out, and nothing else is a payload."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from braniac.protocol import codec, limits
+from braniac.protocol.codec import CodecRules, Int64Array, Sparse, TileLayout
+from braniac.protocol.errors import Refusal, WireError
+
+TILES = st.lists(st.tuples(st.integers(1, 80), st.integers(1, 4)), min_size=1, max_size=4)
+RULES = st.builds(CodecRules, st.sampled_from([1, 64, 1000, 2048, 4096]), st.integers(1, limits.MAGNITUDE_BITS_MAX))
+EXTREMES = np.array([0, 0, 0, 1, -1, 5, -5, (1 << 24) - 1, 1 << 24, -(1 << 31), (1 << 31) - 1])
+
+
+def vector_of(layout: TileLayout, seed: int, kind: str) -> Int64Array:
+    rng = np.random.default_rng(seed)
+    match kind:
+        case "zero":
+            return np.zeros(layout.size, np.int64)
+        case "ties":
+            return rng.integers(-1, 2, layout.size)
+        case "extreme":
+            return rng.choice(EXTREMES, layout.size)
+        case "sparse":
+            return np.where(rng.random(layout.size) < 0.02, rng.integers(-(1 << 20), 1 << 20, layout.size), 0)
+    return (rng.standard_normal(layout.size) * 10.0 ** rng.integers(0, 8)).astype(np.int64)
+
+
+KINDS = st.sampled_from(["zero", "ties", "extreme", "sparse", "normal"])
+
+
+def assert_legal(layout: TileLayout, rules: CodecRules, sparse: Sparse) -> None:
+    """What every consumer of a decoded payload relies on."""
+    assert sparse.positions.dtype == np.int64
+    assert sparse.values.dtype == np.int32
+    assert len(sparse.positions) == len(sparse.values)
+    if not len(sparse):
+        return
+    assert np.all(np.diff(sparse.positions) > 0)
+    assert sparse.positions[0] >= 0
+    assert sparse.positions[-1] < layout.size
+    assert np.all(sparse.values != 0)
+    assert int(np.abs(sparse.values.astype(np.int64)).max()) <= limits.LEVEL_MAX
+    tile = np.searchsorted(layout.tile_starts(), sparse.positions, side="right") - 1
+    assert np.all(np.bincount(tile, minlength=layout.tiles) <= layout.capacity(rules.per_tile))
+
+
+def same(a: Sparse, b: Sparse) -> bool:
+    return np.array_equal(a.positions, b.positions) and np.array_equal(a.values, b.values)
+
+
+@given(groups=TILES, rules=RULES, seed=st.integers(0, 1 << 30), kind=KINDS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_round_trip(groups: list[tuple[int, int]], rules: CodecRules, seed: int, kind: str) -> None:
+    layout = TileLayout(tuple(groups))
+    payload, sent = codec.encode_topk(layout, rules, vector_of(layout, seed, kind))
+    decoded = codec.decode(layout, rules, payload)
+    assert same(decoded, sent)
+    assert_legal(layout, rules, decoded)
+    assert len(payload) <= codec.payload_bytes_max(layout, rules)
+
+
+@given(groups=TILES, rules=RULES, seed=st.integers(0, 1 << 30), kind=KINDS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_encoding_what_was_decoded_changes_nothing(
+    groups: list[tuple[int, int]], rules: CodecRules, seed: int, kind: str
+) -> None:
+    """Otherwise the merge of one contribution would not be that contribution."""
+    layout = TileLayout(tuple(groups))
+    _, sent = codec.encode_topk(layout, rules, vector_of(layout, seed, kind))
+    _, again = codec.encode(layout, rules, sent)
+    assert same(sent, again)
+
+
+def test_a_level_on_the_mean_survives_a_second_encoding() -> None:
+    """Rounding the levels moves the tile's mean, here across one of them."""
+    layout, rules = TileLayout(((16, 1),)), CodecRules(4096, 2)
+    changed = 0
+    for seed in range(400):
+        vector = np.random.default_rng(seed).integers(-6, 7, 16)
+        _, sent = codec.encode_topk(layout, rules, vector)
+        _, again = codec.encode(layout, rules, sent)
+        changed += not same(sent, again)
+    assert changed == 0
+
+
+def test_quantisation_is_close_and_keeps_signs() -> None:
+    layout, rules = TileLayout(((4096, 2),)), CodecRules(4096, 4)
+    vector = (np.random.default_rng(1).standard_normal(layout.size) * 1e5).astype(np.int64)
+    _, sent = codec.encode_topk(layout, rules, vector)
+    dense = sent.dense(layout.size)
+    assert np.array_equal(np.sign(dense), np.sign(vector))
+    assert np.linalg.norm(dense - vector) < 0.1 * np.linalg.norm(vector)
+
+
+def test_topk_keeps_the_largest_and_of_equal_ones_the_first() -> None:
+    layout = TileLayout(((8, 2),))
+    vector = np.array([3, -5, 3, 3, 0, 1, -3, 2] + [7] * 8)
+    chosen = codec.select_topk(layout, vector, per_tile=4096 * 3 // 8)
+    assert chosen.positions.tolist() == [0, 1, 2, 8, 9, 10]
+    assert chosen.values.tolist() == [3, -5, 3, 7, 7, 7]
+
+
+def test_topk_matches_a_plain_sort() -> None:
+    layout = TileLayout(((50, 3), (1, 5), (7, 2)))
+    for seed in range(20):
+        vector = vector_of(layout, seed, "ties" if seed % 2 else "normal")
+        chosen = codec.select_topk(layout, vector, per_tile=400)
+        expected: list[int] = []
+        starts = layout.tile_starts().tolist()
+        for start, size, keep in zip(starts, layout.tile_sizes(), layout.capacity(400), strict=True):
+            ranked = sorted(range(start, start + size), key=lambda i: (-abs(int(vector[i])), i))
+            expected += sorted(i for i in ranked[:keep] if vector[i])
+        assert chosen.positions.tolist() == expected
+
+
+def test_values_beyond_the_range_are_cut_to_the_largest_level() -> None:
+    layout, rules = TileLayout(((2, 1),)), CodecRules(4096, 1)
+    payload, sent = codec.encode_topk(layout, rules, np.array([(1 << 31) - 1, -(1 << 31)]))
+    assert same(codec.decode(layout, rules, payload), sent)
+    largest = 2047 << 13
+    assert sent.values.tolist() == [largest, -largest]
+    assert largest <= limits.LEVEL_MAX
+
+
+def test_tiles_of_one_value() -> None:
+    layout, rules = TileLayout(((1, 9),)), CodecRules(1, 1)
+    vector = np.array([0, 1, -2, 0, 0, 300, -1, 0, 2047])
+    payload, sent = codec.encode_topk(layout, rules, vector)
+    assert np.array_equal(sent.dense(9), vector)
+    assert same(codec.decode(layout, rules, payload), sent)
+
+
+def test_nothing_to_send_is_a_legal_payload() -> None:
+    layout, rules = TileLayout(((64, 3),)), CodecRules(64, 2)
+    payload, sent = codec.encode_topk(layout, rules, np.zeros(192, np.int64))
+    assert len(sent) == 0
+    assert len(codec.decode(layout, rules, payload)) == 0
+
+
+LAYOUT, FEW = TileLayout(((64, 2), (1, 2), (16, 1))), CodecRules(800, 2)
+
+
+def sample(kind: str) -> bytes:
+    return codec.encode_topk(LAYOUT, FEW, vector_of(LAYOUT, 3, kind))[0]
+
+
+@pytest.mark.parametrize("kind", ["zero", "ties", "sparse", "normal"])
+def test_truncated_or_extended_payloads_are_refused(kind: str) -> None:
+    payload = sample(kind)
+    for length in range(len(payload)):
+        with pytest.raises(WireError) as caught:
+            codec.decode(LAYOUT, FEW, payload[:length])
+        assert caught.value.refusal is Refusal.WRONG_SHAPE
+    for tail in (b"\0", b"\x80", b"\xff" * 9):
+        with pytest.raises(WireError):
+            codec.decode(LAYOUT, FEW, payload + tail)
+
+
+@pytest.mark.parametrize("kind", ["ties", "sparse", "normal"])
+def test_every_bit_flip_is_legal_or_refused(kind: str) -> None:
+    payload = sample(kind)
+    legal = 0
+    for bit in range(8 * len(payload)):
+        flipped = bytearray(payload)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            decoded = codec.decode(LAYOUT, FEW, bytes(flipped))
+        except WireError:
+            continue
+        assert_legal(LAYOUT, FEW, decoded)
+        legal += 1
+    assert 0 < legal < 8 * len(payload)  # a sign may flip; a header may not
+
+
+@given(data=st.binary(max_size=200), header=st.booleans(), n=st.integers(0, 40), rice=st.integers(0, 16))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_any_bytes_are_legal_or_refused(data: bytes, header: bool, n: int, rice: int) -> None:
+    if header:
+        data = bytes([1, FEW.magnitude_bits, rice, 1]) + n.to_bytes(4, "little") + data
+    try:
+        decoded = codec.decode(LAYOUT, FEW, data)
+    except WireError as error:
+        assert error.refusal is Refusal.WRONG_SHAPE
+    else:
+        assert_legal(LAYOUT, FEW, decoded)
+
+
+def test_a_payload_of_another_fragment_or_direction_is_refused() -> None:
+    payload = sample("normal")
+    for layout, rules in ((TileLayout(((64, 3),)), FEW), (LAYOUT, CodecRules(800, 3)), (LAYOUT, CodecRules(100, 2))):
+        with pytest.raises(WireError):
+            codec.decode(layout, rules, payload)
+
+
+def test_the_bound_on_payloads_is_tight_enough_to_be_useful() -> None:
+    layout, rules = TileLayout(((4096, 64),)), CodecRules(64, 2)
+    vector = np.random.default_rng(0).integers(-1000, 1000, layout.size)
+    payload, _ = codec.encode_topk(layout, rules, vector)
+    assert len(payload) < codec.payload_bytes_max(layout, rules) < layout.size // 4
+    assert 8 < codec.bits_per_value([payload], 64 * 64) < 13
