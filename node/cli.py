@@ -238,7 +238,7 @@ def swarm(
     kill: Annotated[int, typer.Option(min=0, max=1000, metavar="N", help="How often to SIGKILL and restart one.")] = 0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the run and of the kills.")] = 0,
     preset: Annotated[str, typer.Option(metavar="tiny|small", help="Model of the run.")] = "tiny",
-    slot_s: Annotated[float, typer.Option(min=0.1, max=3600, metavar="S", help="Slot length in seconds.")] = 2.0,
+    slot_s: Annotated[float, typer.Option(min=0.1, max=3600, metavar="S", help="Slot length in seconds.")] = 1.0,
     set_: Sets = None,
     keep_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep states and logs here instead of removing them.")

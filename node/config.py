@@ -70,14 +70,14 @@ class RunSection(_Section):
     """Which model: tiny has 0.5 million parameters, small 11 million."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of the initial weights and of who reads which text."""
-    slot_s: float = Field(default=2.0, ge=0.1, le=3600)
-    """Length of a slot: one fragment is averaged per slot."""
-    fragments: int = Field(default=8, ge=4, le=FRAGMENTS_MAX)
-    """Into how many fragments the parameters are cut; all of them once is a window."""
-    up_per_tile: int = Field(default=64, ge=1, le=TILE_SIZE_MAX)
-    """Values a peer sends of each 64x64 tile."""
-    down_per_tile: int = Field(default=256, ge=1, le=TILE_SIZE_MAX)
-    """Values the merged update holds of each 64x64 tile."""
+    slot_s: float | None = Field(default=None, ge=0.1, le=3600)
+    """Length of a slot: one fragment is averaged per slot; not set: the preset's own."""
+    fragments: int | None = Field(default=None, ge=4, le=FRAGMENTS_MAX)
+    """Into how many fragments the parameters are cut, all of them once is a window; not set: the preset's own."""
+    up_per_tile: int | None = Field(default=None, ge=1, le=TILE_SIZE_MAX)
+    """Values a peer sends of each 64x64 tile; not set: the preset's own."""
+    down_per_tile: int | None = Field(default=None, ge=1, le=TILE_SIZE_MAX)
+    """Values the merged update holds of each 64x64 tile; not set: the preset's own."""
 
 
 class TrainSection(_Section):
@@ -108,9 +108,7 @@ class StateSection(_Section):
     dir: UserPath = Field(default_factory=default_state_dir)
     """Folder with the key and the checkpoints; one node at a time."""
     keep_generations: int = Field(default=3, ge=1, le=100)
-    """Checkpoints to keep."""
-    checkpoint_every_slots: int = Field(default=1, ge=1, le=1000)
-    """Slots between two checkpoints: the most work that a power cut can take."""
+    """Checkpoints to keep; one is made with every contribution."""
 
 
 class MetricsSection(_Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,22 +21,41 @@ _SHARE_OF_FREE_MEMORY = 0.8  # leave the rest to the person whose device this is
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a run of one preset is paced, if its founder does not say otherwise."""
+
+    slot_s: float
+    fragments: int
+    up_per_tile: int
+    down_per_tile: int
+
+
+RECIPES = {
+    # Minutes long, for trying things out: each window carries 6% of the values, so that few windows are enough.
+    "tiny": Recipe(slot_s=1.0, fragments=8, up_per_tile=256, down_per_tile=1024),
+    # Hours long: 0.16 bit per parameter and window.
+    "small": Recipe(slot_s=10.0, fragments=24, up_per_tile=64, down_per_tile=256),
+}
+
+
 def found_run(run: RunSection, identity: Identity, now: float) -> tuple[Manifest, bytes, bytes]:
     """A new run whose first slot begins at `now` (Unix seconds): the manifest, and its signed form."""
-    config = PRESETS[run.preset]
+    config, recipe = PRESETS[run.preset], RECIPES[run.preset]
+    fragments = run.fragments or recipe.fragments
     manifest = Manifest(
         name=run.name,
         founder=identity.peer_id,
         epoch_ms=int(now * 1000),
-        slot_ms=round(run.slot_s * 1000),
+        slot_ms=round((run.slot_s or recipe.slot_s) * 1000),
         seed=run.seed,
         tiers=config.tiers,
         model=config.to_dict(),
         data={"tokenizer": "bytes"},
-        layout_digest=layout_digest(config, run.fragments),
-        fragments=bridge.fragment_specs(fragment_table(config, run.fragments)),
-        up=CodecRules(run.up_per_tile, magnitude_bits=1),
-        down=CodecRules(run.down_per_tile, magnitude_bits=2),
+        layout_digest=layout_digest(config, fragments),
+        fragments=bridge.fragment_specs(fragment_table(config, fragments)),
+        up=CodecRules(run.up_per_tile or recipe.up_per_tile, magnitude_bits=1),
+        down=CodecRules(run.down_per_tile or recipe.down_per_tile, magnitude_bits=2),
         merge=MergeRules(),
     )
     return manifest, *sign_manifest(manifest, identity)

@@ -7,6 +7,7 @@ events, so a generation committed by that task always shows one consistent momen
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, replace
 
 import structlog
@@ -66,6 +67,7 @@ class Replica:
         self._signed_manifest = signed_manifest
         self._offered_at: dict[int, int] = {}
         self._pins: dict[bytes, int] = {}
+        self._former: deque[bytes] = deque(maxlen=2 * manifest.window)
 
     # --- anchors -----------------------------------------------------------------------------------------------------
 
@@ -85,8 +87,8 @@ class Replica:
         return FragmentState(fragment, -1, self._store.put(bridge.anchor_bytes(anchor)))
 
     def is_anchor(self, digest: bytes) -> bool:
-        """Whether a blob is one of the anchors held here."""
-        return any(state.digest == digest for state in self.anchors.values())
+        """Whether a blob is one of the anchors held here, or was one lately."""
+        return digest in self._former or any(state.digest == digest for state in self.anchors.values())
 
     def anchor_bytes(self, fragment: int) -> int:
         """Size of a fragment's anchor as it is downloaded."""
@@ -133,6 +135,7 @@ class Replica:
         await self.trainer.call(lambda trainer: trainer.rebase(cut, change))
         before = self.anchors[index]
         self.pin(before.digest, verdict.slot)  # somebody may be downloading it
+        self._former.append(before.digest)
         self.anchors[index] = FragmentState(index, max(before.slot, verdict.slot), digest)
         self._count(update)
         return self.anchors[index]
