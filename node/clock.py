@@ -120,6 +120,10 @@ class SwarmClock:
             del self._samples[next(iter(self._samples))]
         return True
 
+    def forget(self, peer: PeerId) -> None:
+        """Take a peer's vote away."""
+        self._samples.pop(peer, None)
+
     def adjust(self) -> float:
         """Move the offset towards the median of our own and the peers', by at most SLEW_S_MAX; returns the move."""
         moves_s = [0.0, *(offset_s - self._offset_s for offset_s in self._peer_offsets())]

@@ -50,7 +50,7 @@ class Exchange:
         self._store = store
         self._metrics = metrics
         self._clock = clock
-        self._swarm_clock = swarm_clock
+        self.swarm_clock = swarm_clock
         self._timeout_s = call_timeout_s
         self.is_anchor: Callable[[bytes], bool] = lambda digest: False
         """Whether a blob is an anchor: serving a newcomer's download is counted apart."""
@@ -62,7 +62,7 @@ class Exchange:
 
     async def answer(self, peer: PeerId, data: bytes) -> bytes:
         """Reply to one request; never raises for what a peer may have sent."""
-        reply, kind = pb.Reply(swarm_time_s=self._swarm_clock.now() if self.synchronised else 0.0), "message"
+        reply, kind = pb.Reply(swarm_time_s=self.swarm_clock.now() if self.synchronised else 0.0), "message"
         try:
             request = pb.Request.FromString(data)
             match request.WhichOneof("kind"):
@@ -88,7 +88,7 @@ class Exchange:
         if self.engine is None:
             raise WireError(Refusal.NOT_READY, "this peer has not joined a run yet")
         try:
-            self.engine.receive(envelope, self._swarm_clock.now())
+            self.engine.receive(envelope, self.swarm_clock.now())
         except WireError as error:
             self._metrics.refuse_message(error.refusal)
             log.debug("refused a message", reason=str(error))
@@ -214,7 +214,7 @@ class Exchange:
             self._metrics.refuse_message(Refusal.MALFORMED)
             return pb.Reply(refusal=Refusal.MALFORMED.value)
         if reply.swarm_time_s > 0:
-            self._swarm_clock.observe(peer, reply.swarm_time_s, sent_at, self._clock.monotonic())
+            self.swarm_clock.observe(peer, reply.swarm_time_s, sent_at, self._clock.monotonic())
         return reply
 
     def _count(self, *, sent: int, received: int, kind: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sys
+from collections.abc import Iterable
 
 import structlog
 from rich.console import Console
@@ -20,6 +22,7 @@ from braniac.protocol.manifest import Manifest
 log = structlog.get_logger(__name__)
 
 _RETRY_S = 2.0
+_TIME_S = 3.0  # how long a restart waits for others to say what time it is
 
 
 async def find_run(network: Network, exchange: Exchange) -> tuple[Manifest, tuple[bytes, bytes]]:
@@ -63,6 +66,22 @@ async def check_run(network: Network, exchange: Exchange, manifest: Manifest) ->
                     f"{manifest.run_id.hex()[:12]}...: use another --state-dir, or other --peers"
                 )
             break
+
+
+async def ask_the_time(network: Network, exchange: Exchange, addresses: Iterable[str], manifest: Manifest) -> None:
+    """Hear the swarm time of peers of this run that answer at once; what they say goes to the swarm clock."""
+
+    async def ask(address: str) -> None:
+        with contextlib.suppress(Unreachable, ManifestError, TimeoutError):
+            async with asyncio.timeout(_TIME_S):
+                peer = await network.connect(address)
+                theirs, _, _ = await exchange.ask_manifest(network.transport, peer)
+            if theirs.run_id != manifest.run_id:
+                exchange.swarm_clock.forget(peer)
+
+    async with asyncio.TaskGroup() as group:
+        for address in set(addresses):
+            group.create_task(ask(address))
 
 
 class DownloadBar:

@@ -70,8 +70,7 @@ async def join_run(node: Equipment) -> Membership:
     if generation is not None:
         saved = from_generation(generation)
         _check_pinned(node.config, saved.manifest)
-        # Slots never go backwards (I3), even if the wall clock did.
-        node.swarm_clock.set(max(node.clock.wall() + saved.clock_offset_s, saved.swarm_time_s))
+        await _resume_time(node, saved)
         log.info("resuming", generation=generation.number, step=saved.step, tier=saved.tier)
         return Membership(saved.manifest, saved.signed_manifest, saved, max(incarnation, saved.incarnation + 1))
     if node.network.bootstrap:
@@ -84,6 +83,18 @@ async def join_run(node: Equipment) -> Membership:
     _check_pinned(node.config, manifest)
     log.info("founded a run", name=manifest.name, preset=node.config.run.preset, slot_s=manifest.slot_s)
     return Membership(manifest, (body, signature), None, incarnation)
+
+
+async def _resume_time(node: Equipment, saved: Saved) -> None:
+    """The swarm's time by those who kept it, else by the wall clock; slots never go backwards (I3)."""
+    node.swarm_clock.set(max(node.clock.wall() + saved.clock_offset_s, saved.swarm_time_s))
+    known = [address for addresses in saved.peers.values() for address in addresses]
+    await joiner.ask_the_time(node.network, node.exchange, [*node.network.bootstrap, *known], saved.manifest)
+    moved_s = node.swarm_clock.step()
+    if node.swarm_clock.now() < saved.swarm_time_s:
+        node.swarm_clock.set(saved.swarm_time_s)
+    if abs(moved_s) > 1.0:
+        log.warning("the wall clock was wrong, following the swarm", moved_s=round(moved_s, 1))
 
 
 def _check_pinned(config: NodeConfig, manifest: Manifest) -> None:
