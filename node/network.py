@@ -126,9 +126,12 @@ class Network:
         try:
             peer = await self.transport.connect(address, timeout_s=self._settings.call_timeout_s)
         except Unreachable as error:
-            if self.failures.get(address) != error.detail:
-                log.warning("a peer's address does not answer, trying on", address=address, reason=error.detail)
-            self.failures[address] = error.detail
+            # Root cause first: libp2p wraps it in one line per address it tried.
+            reason = error.detail.strip().rpartition(": ")[2][:120] or error.reason.value
+            if address not in self.failures:
+                say = log.warning if address in self.bootstrap else log.info
+                say("a peer's address does not answer, trying on", address=address, reason=reason)
+            self.failures[address] = reason
             raise
         self.failures.pop(address, None)
         self.remember(peer, [address])
