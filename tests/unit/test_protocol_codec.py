@@ -184,10 +184,9 @@ def test_any_bytes_are_legal_or_refused(data: bytes, header: bool, n: int, rice:
         data = bytes([1, FEW.magnitude_bits, rice, 1]) + n.to_bytes(4, "little") + data
     try:
         decoded = codec.decode(LAYOUT, FEW, data)
-    except WireError as error:
-        assert error.refusal is Refusal.WRONG_SHAPE
-    else:
-        assert_legal(LAYOUT, FEW, decoded)
+    except WireError:
+        return
+    assert_legal(LAYOUT, FEW, decoded)
 
 
 def test_a_payload_of_another_fragment_or_direction_is_refused() -> None:
