@@ -29,8 +29,10 @@ class ReplayWindow:
             self.seen = ((self.seen << shift) | 1) & ((1 << limits.REPLAY_WINDOW) - 1)
             self.highest = sequence
             return True
+        if self.highest - sequence >= limits.REPLAY_WINDOW:  # first: a shift by 2**63 would take all memory
+            return False
         bit = 1 << (self.highest - sequence)
-        if self.highest - sequence >= limits.REPLAY_WINDOW or self.seen & bit:
+        if self.seen & bit:
             return False
         self.seen |= bit
         return True

@@ -40,6 +40,13 @@ def test_replays_beyond_the_window_are_refused() -> None:
     assert window.seen.bit_length() <= limits.REPLAY_WINDOW
 
 
+def test_a_huge_jump_back_is_only_a_refusal() -> None:
+    window = ReplayWindow()
+    assert window.admit((1 << 64) - 1)
+    assert not window.admit(0)
+    assert window.seen == 1
+
+
 def test_a_replayed_message_is_refused() -> None:
     roster = Roster()
     roster.check_fresh(ALICE, 9)
