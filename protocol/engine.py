@@ -420,10 +420,14 @@ class Engine:
     def _broadcast(self, message: Message) -> None:
         # Whoever is silent for long is tried once in a while, in case it was the network and that has healed.
         edge = self._slot - (limits.ROSTER_FORGET_SLOTS if self._slot % 64 == 0 else 64)
-        for member in self.roster:
-            if not member.gone and member.heard_slot > edge:
-                self._send(member.peer, message)
+        audience = [m.peer for m in self.roster if not m.gone and m.heard_slot > edge]
+        if audience:
+            data = self._seal(message)
+            self._outbox.extend((peer, data) for peer in audience)
 
     def _send(self, peer: PeerId, message: Message) -> None:
+        self._outbox.append((peer, self._seal(message)))
+
+    def _seal(self, message: Message) -> bytes:
         self._sequence += 1
-        self._outbox.append((peer, wire.seal(self._identity, self.manifest.run_id, self._sequence, message)))
+        return wire.seal(self._identity, self.manifest.run_id, self._sequence, message)

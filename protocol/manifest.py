@@ -9,6 +9,7 @@ model differently is refused.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class Manifest:
         }
         return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
-    @property
+    @functools.cached_property  # needed for every message, and the table of fragments may be long
     def run_id(self) -> bytes:
         return run_id_of(self.body())
 

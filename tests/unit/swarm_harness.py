@@ -148,7 +148,7 @@ class Peer:
         self.fetching = set()
         if self.disk is None:
             return self.join()
-        disk = copy.deepcopy(self.disk)
+        disk = copy.deepcopy(self.disk)  # it may be needed again
         self.weights, self.anchors, self.states = disk.weights, disk.anchors, disk.states
         self.books, self.blobs = disk.books, disk.blobs
         self._start(History.from_json(self.swarm.manifest, disk.protocol))
@@ -199,8 +199,13 @@ class Peer:
 
     def snapshot(self, offered: tuple[int, bytes] | None = None) -> None:
         """Commit a generation: weights, anchors and the protocol's state of this moment."""
-        self.disk = copy.deepcopy(
-            Disk(self.weights, self.anchors, self.states, self.books, self.engine.state(offered), self.blobs)
+        self.disk = Disk(
+            {f: weights.copy() for f, weights in self.weights.items()},
+            dict(self.anchors),
+            dict(self.states),
+            {f: Books(books.steps.copy(), dict(books.taken)) for f, books in self.books.items()},
+            self.engine.state(offered),
+            dict(self.blobs),
         )
 
     # --- the daemon's part -------------------------------------------------------------------------------------------
