@@ -40,7 +40,7 @@ async def find_run(network: Network, exchange: Exchange) -> tuple[Manifest, tupl
             log.info("found the run", name=manifest.name, run_id=manifest.run_id.hex(), via=address)
             return manifest, (body, signature)
         log.warning("degraded: 0 peers", **{f"address_{i}": f"{a}: {why}" for i, (a, why) in _failures(network)})
-        await asyncio.sleep(min(30.0, _RETRY_S * 1.5 ** min(attempt, 8)) * random.uniform(0.5, 1.0))
+        await network.sleep(min(30.0, _RETRY_S * 1.5 ** min(attempt, 8)) * random.uniform(0.5, 1.0))
     raise AssertionError("unreachable")
 
 
@@ -58,7 +58,7 @@ async def check_run(network: Network, exchange: Exchange, manifest: Manifest) ->
             except VersionMismatch:
                 raise
             except (Unreachable, ManifestError):
-                await asyncio.sleep(_RETRY_S * random.uniform(1.0, 4.0))
+                await network.sleep(_RETRY_S * random.uniform(1.0, 4.0))
                 continue
             if theirs.run_id != manifest.run_id:
                 raise Incompatible(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
@@ -16,7 +16,7 @@ import structlog
 from braniac.node.clock import Clock
 from braniac.node.config import NetworkSection
 from braniac.node.directory import Directory, Record
-from braniac.node.errors import NodeError
+from braniac.node.errors import ConfigError
 from braniac.node.p2pd import P2pdOptions
 from braniac.node.transport import Handler, Transport, Unreachable, parse_address
 from braniac.node.transport_libp2p import LibP2PTransport
@@ -30,19 +30,34 @@ _RETRY_S_MAX = 60.0
 _RECORD_TTL_S = 120.0
 _LOOK_S = 10.0  # between two looks into the directory
 
+TransportFactory = Callable[[Path, P2pdOptions], Awaitable[Transport]]
+"""Starts a transport under the identity at a path. Raises NodeError."""
+
 
 class Network:
     """Transport and directory, each replaced when it dies. `start` first, then the `keep_...` tasks."""
 
-    def __init__(self, settings: NetworkSection, identity_path: Path, identity: Identity, clock: Clock) -> None:
+    def __init__(
+        self,
+        settings: NetworkSection,
+        identity_path: Path,
+        identity: Identity,
+        clock: Clock,
+        *,
+        start_transport: TransportFactory = LibP2PTransport.start,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         """Raises ConfigError for a malformed address."""
         self.bootstrap = [parse_address(text) and text for text in settings.peers]
+        self.sleep = sleep
+        """Pauses between two attempts, in seconds."""
         self.failures: dict[str, str] = {}
         """Addresses that do not answer, and why."""
         self._settings = settings
         self._identity_path = identity_path
         self._identity = identity
         self._clock = clock
+        self._start_transport = start_transport
         self._handler: Handler | None = None
         self._transport: Transport | None = None
         self._directory: Directory | None = None
@@ -59,8 +74,12 @@ class Network:
         """Bind and answer requests. Raises ConfigError, ResourceError."""
         self._handler = handler
         options = P2pdOptions(listen=self._settings.listen, announce=self._settings.announce)
-        transport = await LibP2PTransport.start(self._identity_path, options)
-        await transport.serve(handler)
+        transport = await self._start_transport(self._identity_path, options)
+        try:
+            await transport.serve(handler)
+        except BaseException:
+            await transport.close()
+            raise
         for peer, addresses in self._known.items():
             transport.remember(peer, addresses)
         self._transport = transport
@@ -77,14 +96,19 @@ class Network:
             log.warning("the libp2p daemon died, starting another")
             for delay_s in _delays():
                 try:
-                    assert self._handler is not None
-                    await self.start(self._handler)
-                    if self._run_id is not None:
-                        await self.open_directory(self._run_id)
+                    await self._renew()
                     break
-                except NodeError as error:
-                    log.warning("the libp2p daemon does not start", reason=str(error))
-                    await asyncio.sleep(delay_s)
+                except Exception as error:  # a dying daemon fails in many ways, and every one of them may pass
+                    log.warning("the libp2p daemon does not start", reason=str(error) or repr(error))
+                    await self.sleep(delay_s)
+
+    async def _renew(self) -> None:
+        """A new transport with a new directory, in place of what is left of the old ones."""
+        assert self._handler is not None
+        await self.close()
+        await self.start(self._handler)
+        if self._run_id is not None:
+            await self.open_directory(self._run_id)
 
     async def open_directory(self, run_id: bytes) -> None:
         """Take part in the run's DHT."""
@@ -92,10 +116,12 @@ class Network:
         self._directory = await Directory.create(self.transport, run_id, self._identity, self._clock)
 
     def remember(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Where a peer said it can be dialled."""
-        if peer != self._identity.peer_id and addresses and len(self._known) < limits.ROSTER_PEERS_MAX:
-            self._known[peer] = tuple(addresses)
-            self.transport.remember(peer, addresses)
+        """Where a peer said it can be dialled; what is not an address of that peer is dropped."""
+        good = tuple(address for address in addresses if _belongs_to(peer, address))
+        room = peer in self._known or len(self._known) < limits.ROSTER_PEERS_MAX
+        if peer != self._identity.peer_id and good and room:
+            self._known[peer] = good
+            self.transport.remember(peer, good)
 
     def known_peers(self) -> dict[PeerId, tuple[str, ...]]:
         """Everybody with an address, for the next start."""
@@ -113,13 +139,20 @@ class Network:
             try:
                 peer = await self.connect(address)
             except Unreachable:
-                await asyncio.sleep(next(delays))
+                await self.sleep(next(delays))
                 continue
             on_peer(peer)
-            if self._directory is not None:
-                await self._directory.bootstrap([peer])
+            await self._meet_in_directory(peer)
             delays = _delays()
-            await asyncio.sleep(_RETRY_S_MAX * random.uniform(0.5, 1.0))
+            await self.sleep(_RETRY_S_MAX * random.uniform(0.5, 1.0))
+
+    async def _meet_in_directory(self, peer: PeerId) -> None:
+        if self._directory is None:
+            return
+        try:
+            await self._directory.bootstrap([peer])
+        except Exception as error:  # the directory is a hint: nothing in it may stop a node
+            log.warning("the directory failed, going on without", reason=repr(error))
 
     async def connect(self, address: str) -> PeerId:
         """Dial one address. Raises Unreachable, and notes why in `failures`."""
@@ -140,16 +173,30 @@ class Network:
     async def keep_listed(self, tier: int, on_peer: Callable[[PeerId], None]) -> None:
         """Announce this node in the run's directory and look for others, for ever."""
         while True:
-            directory = self._directory
-            assert directory is not None, "open_directory() comes first"
-            record = Record(tuple(self.transport.addresses()), tier, limits.PROTOCOL_VERSION)
-            await directory.announce(record, _RECORD_TTL_S)
-            for peer, found in (await directory.find()).items():
-                if peer not in self._known:
-                    log.debug("found a peer in the directory", peer=short_name(peer))
-                self.remember(peer, found.addresses)
-                on_peer(peer)
-            await asyncio.sleep(_LOOK_S * random.uniform(0.7, 1.3))
+            try:
+                await self._look_around(tier, on_peer)
+            except Exception as error:  # hivemind raises what it likes; the next look may go well
+                log.warning("the directory failed, trying on", reason=repr(error))
+            await self.sleep(_LOOK_S * random.uniform(0.7, 1.3))
+
+    async def _look_around(self, tier: int, on_peer: Callable[[PeerId], None]) -> None:
+        directory = self._directory
+        assert directory is not None, "open_directory() comes first"
+        record = Record(tuple(self.transport.addresses()), tier, limits.PROTOCOL_VERSION)
+        await directory.announce(record, _RECORD_TTL_S)
+        for peer, found in (await directory.find()).items():
+            if peer not in self._known:
+                log.debug("found a peer in the directory", peer=short_name(peer))
+            self.remember(peer, found.addresses)
+            on_peer(peer)
+
+
+def _belongs_to(peer: PeerId, address: str) -> bool:
+    """Whether this is a well-formed address of `peer`; both are another peer's words."""
+    try:
+        return parse_address(address)[0] == peer
+    except ConfigError:
+        return False
 
 
 def _delays() -> Iterator[float]:
