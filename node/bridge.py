@@ -16,7 +16,8 @@ from braniac.model.config import ModelConfig
 from braniac.model.fragments import Fragment, fragment_table, initial_fragment, layout_digest
 from braniac.node.errors import Incompatible
 from braniac.protocol import limits
-from braniac.protocol.codec import Int32Array, Int64Array, TileLayout
+from braniac.protocol.bitpack import Int32Array, Int64Array
+from braniac.protocol.codec import TileLayout
 from braniac.protocol.ledger import Settlement
 from braniac.protocol.manifest import FragmentSpec, Manifest
 

@@ -19,7 +19,7 @@ from braniac.node.checkpoint import Saved, Snapshot, Totals, save_tensors, to_co
 from braniac.node.store import Store
 from braniac.node.trainer_thread import TrainerThread
 from braniac.protocol import codec, ledger, limits
-from braniac.protocol.codec import Int32Array
+from braniac.protocol.bitpack import Int32Array
 from braniac.protocol.engine import Engine
 from braniac.protocol.events import UpdateDue
 from braniac.protocol.identity import PeerId

@@ -19,24 +19,18 @@ compress.py) and Golomb-Rice coding of the gaps (Sattler et al. 2019, Sparse Bin
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from braniac.protocol import limits
+from braniac.protocol import bitpack, limits
+from braniac.protocol.bitpack import Int32Array, Int64Array
 from braniac.protocol.errors import Refusal, WireError
-
-Int32Array = NDArray[np.int32]
-Int64Array = NDArray[np.int64]
 
 _HEADER = struct.Struct("<BBBBI")
 _FORMAT = 1
 _HAS_COUNTS = 1
-_MANTISSA_BITS = 11
-_MANTISSA_MAX = (1 << _MANTISSA_BITS) - 1
-_EXPONENT_MAX = limits.FRACTION_BITS + 4 - _MANTISSA_BITS  # the largest level stays below LEVEL_MAX
 
 
 @dataclass(frozen=True)
@@ -145,19 +139,19 @@ def encode(layout: TileLayout, rules: CodecRules, chosen: Sparse) -> tuple[bytes
     row = slot_of_tile[tile]
     magnitude = np.abs(chosen.values.astype(np.int64))
     code, levels = _quantise(row, magnitude, len(used), m)
-    gaps = _gaps(chosen.positions - starts[tile], tile)
-    rice = _best_rice(gaps)
+    gaps = bitpack.gaps(chosen.positions - starts[tile], tile)
+    rice = bitpack.best_rice(gaps)
 
     full = bool(np.array_equal(counts, layout.capacity(rules.per_tile)))
     parts = [_HEADER.pack(_FORMAT, m, rice, 0 if full else _HAS_COUNTS, n)]
     if not full:
         parts.append(counts.astype("<u2").tobytes())
     parts.append(levels.astype("<u2").tobytes())
-    parts.append(_pack_unary(gaps >> rice))
-    parts.append(_pack_bits(gaps & ((1 << rice) - 1), rice))
+    parts.append(bitpack.pack_unary(gaps >> rice))
+    parts.append(bitpack.pack_bits(gaps & ((1 << rice) - 1), rice))
     negative = (chosen.values < 0).astype(np.int64)
-    parts.append(_pack_bits((negative << m) | code, 1 + m))
-    values = _level_values(levels)[row, code] * np.where(negative, -1, 1)
+    parts.append(bitpack.pack_bits((negative << m) | code, 1 + m))
+    values = bitpack.level_values(levels)[row, code] * np.where(negative, -1, 1)
     return b"".join(parts), Sparse(chosen.positions, values.astype(np.int32))
 
 
@@ -175,7 +169,7 @@ def decode(layout: TileLayout, rules: CodecRules, payload: bytes | memoryview) -
     at = _HEADER.size
     counts = capacity
     if flags & _HAS_COUNTS:
-        raw = _take(data, at, 2 * layout.tiles)
+        raw = bitpack.take(data, at, 2 * layout.tiles)
         at += len(raw)
         counts = np.frombuffer(raw, "<u2").astype(np.int64)
         if np.any(counts > capacity) or np.array_equal(counts, capacity):
@@ -183,20 +177,20 @@ def decode(layout: TileLayout, rules: CodecRules, payload: bytes | memoryview) -
     if int(counts.sum()) != n:
         raise WireError(Refusal.WRONG_SHAPE, "the counts do not add up to the number of values")
     rows = int(np.count_nonzero(counts))
-    raw = _take(data, at, rows * 2 << m)
+    raw = bitpack.take(data, at, rows * 2 << m)
     at += len(raw)
-    levels = _level_values(np.frombuffer(raw, "<u2").reshape(rows, 1 << m))
-    tail = len(data) - at - _bytes_of_bits(n * rice) - _bytes_of_bits(n * (1 + m))
+    levels = bitpack.level_values(np.frombuffer(raw, "<u2").reshape(rows, 1 << m))
+    tail = len(data) - at - bitpack.bytes_of_bits(n * rice) - bitpack.bytes_of_bits(n * (1 + m))
     if tail < 0:
         raise WireError(Refusal.WRONG_SHAPE, "a payload shorter than its header says")
-    high = _unpack_unary(data[at : at + tail], n)
+    high = bitpack.unpack_unary(data[at : at + tail], n)
     at += tail
-    low = _unpack_bits(data[at : at + _bytes_of_bits(n * rice)], n, rice)
-    at += _bytes_of_bits(n * rice)
-    codes = _unpack_bits(data[at:], n, 1 + m)
+    low = bitpack.unpack_bits(data[at : at + bitpack.bytes_of_bits(n * rice)], n, rice)
+    at += bitpack.bytes_of_bits(n * rice)
+    codes = bitpack.unpack_bits(data[at:], n, 1 + m)
 
     tile = np.repeat(np.arange(layout.tiles), counts)
-    within = _positions((high << rice) | low, counts, tile)
+    within = bitpack.positions((high << rice) | low, counts, tile)
     if np.any(within >= layout.tile_sizes()[tile]):
         raise WireError(Refusal.WRONG_SHAPE, "a position lies outside its tile")
     row = (np.cumsum(counts > 0) - 1)[tile]
@@ -231,7 +225,7 @@ def _quantise(row: Int64Array, magnitude: Int64Array, rows: int, bits: int) -> t
     group = (row << bits) | code
     count, total = _group_sums(group, magnitude, rows << bits)
     mean = (2 * total + count) // np.maximum(2 * count, 1)
-    return code, _to_float16(mean).reshape(rows, 1 << bits)
+    return code, bitpack.to_float16(mean).reshape(rows, 1 << bits)
 
 
 def _rank_in_row(row: Int64Array, magnitude: Int64Array, rows: int) -> tuple[Int64Array, Int64Array]:
@@ -251,94 +245,3 @@ def _group_sums(group: Int64Array, magnitude: Int64Array, groups: int) -> tuple[
     count = np.bincount(group, minlength=groups)
     total = np.bincount(group, weights=magnitude.astype(np.float64), minlength=groups)
     return count, total.astype(np.int64)
-
-
-def _to_float16(value: Int64Array) -> NDArray[np.uint16]:
-    """Nearest 16-bit float (exponent << 11 | mantissa) of non-negative integers."""
-    length = np.frexp(value.astype(np.float64))[1]  # bit length, exact below 2**53
-    exponent = np.clip(length - _MANTISSA_BITS, 0, _EXPONENT_MAX)
-    half = np.where(exponent > 0, np.left_shift(1, np.maximum(exponent - 1, 0)), 0)
-    mantissa = (value + half) >> exponent
-    overflow = mantissa > _MANTISSA_MAX
-    exponent = np.where(overflow, exponent + 1, exponent)
-    mantissa = np.where(overflow, (value + np.left_shift(1, np.maximum(exponent - 1, 0))) >> exponent, mantissa)
-    too_big = exponent > _EXPONENT_MAX
-    exponent, mantissa = np.where(too_big, _EXPONENT_MAX, exponent), np.where(too_big, _MANTISSA_MAX, mantissa)
-    return ((exponent << _MANTISSA_BITS) | mantissa).astype(np.uint16)
-
-
-def _level_values(levels: NDArray[np.uint16]) -> Int64Array:
-    """Integers of 16-bit floats. Raises WireError on one that has a second spelling or is out of range."""
-    exponent = levels.astype(np.int64) >> _MANTISSA_BITS
-    mantissa = levels.astype(np.int64) & _MANTISSA_MAX
-    if np.any(exponent > _EXPONENT_MAX) or np.any((exponent > 0) & (mantissa <= _MANTISSA_MAX >> 1)):
-        raise WireError(Refusal.WRONG_SHAPE, "a level that is out of range or not in its shortest form")
-    value: Int64Array = mantissa << exponent
-    return value
-
-
-def _gaps(within: Int64Array, tile: Int64Array) -> Int64Array:
-    """Distance to the previous position in the same tile, less one; the position itself for the first."""
-    gaps = within.copy()
-    same = tile[1:] == tile[:-1]
-    gaps[1:] -= np.where(same, within[:-1] + 1, 0)
-    return gaps
-
-
-def _positions(gaps: Int64Array, counts: Int64Array, tile: Int64Array) -> Int64Array:
-    """Inverse of `_gaps`: positions within their tiles."""
-    running = np.cumsum(gaps + 1)
-    before = np.concatenate([np.zeros(1, np.int64), running])[np.cumsum(counts) - counts]
-    within: Int64Array = running - before[tile] - 1
-    return within
-
-
-def _best_rice(gaps: Int64Array) -> int:
-    """The Rice parameter that makes the gaps shortest."""
-    costs = [int((gaps >> r).sum()) + r * len(gaps) for r in range(limits.RICE_PARAMETER_MAX + 1)]
-    return costs.index(min(costs))
-
-
-def _bytes_of_bits(bits: int) -> int:
-    return (bits + 7) // 8
-
-
-def _take(data: memoryview, at: int, length: int) -> memoryview:
-    if len(data) < at + length:
-        raise WireError(Refusal.WRONG_SHAPE, "a payload shorter than its header says")
-    return data[at : at + length]
-
-
-def _pack_unary(quotients: Int64Array) -> bytes:
-    bits = np.zeros(int(quotients.sum()) + len(quotients), np.uint8)
-    bits[np.cumsum(quotients + 1) - 1] = 1
-    return np.packbits(bits).tobytes()
-
-
-def _unpack_unary(data: memoryview, n: int) -> Int64Array:
-    ends = np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8)))
-    if len(ends) != n or (n == 0 and len(data)) or (n and int(ends[-1]) < 8 * (len(data) - 1)):
-        raise WireError(Refusal.WRONG_SHAPE, "the gap stream does not hold exactly one gap per value")
-    return np.diff(ends, prepend=-1) - 1
-
-
-def _pack_bits(values: Int64Array, width: int) -> bytes:
-    if width == 0:
-        return b""
-    shifts = np.arange(width - 1, -1, -1)
-    return np.packbits(((values[:, None] >> shifts) & 1).astype(np.uint8)).tobytes()
-
-
-def _unpack_bits(data: memoryview, n: int, width: int) -> Int64Array:
-    if width == 0:
-        return np.zeros(n, np.int64)
-    bits = np.unpackbits(np.frombuffer(data, np.uint8))
-    if np.any(bits[n * width :]):
-        raise WireError(Refusal.WRONG_SHAPE, "the padding of a bit stream is not zero")
-    weights = np.left_shift(1, np.arange(width - 1, -1, -1))
-    return bits[: n * width].reshape(n, width).astype(np.int64) @ weights
-
-
-def bits_per_value(payloads: Sequence[bytes], values: int) -> float:
-    """Mean cost of one transmitted value, headers and levels included."""
-    return 8 * sum(map(len, payloads)) / max(values, 1)

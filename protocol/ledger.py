@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from braniac.protocol import limits
-from braniac.protocol.codec import Int32Array, Int64Array, Sparse
+from braniac.protocol.bitpack import Int32Array, Int64Array
+from braniac.protocol.codec import Sparse
 from braniac.protocol.errors import Refusal, WireError
 
 

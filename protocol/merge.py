@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from braniac.protocol import codec, limits, screen
-from braniac.protocol.codec import Int64Array, Sparse
+from braniac.protocol.bitpack import Int64Array
+from braniac.protocol.codec import Sparse
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest, MergeRules

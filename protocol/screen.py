@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from braniac.protocol import limits
-from braniac.protocol.codec import Int64Array, Sparse
+from braniac.protocol.bitpack import Int64Array
+from braniac.protocol.codec import Sparse
 
 
 def integer_norm(contribution: Sparse) -> int:

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from braniac.protocol import codec, events, ledger
-from braniac.protocol.codec import CodecRules, Int32Array, Int64Array, Sparse, TileLayout
+from braniac.protocol.bitpack import Int32Array, Int64Array
+from braniac.protocol.codec import CodecRules, Sparse, TileLayout
 from braniac.protocol.engine import Engine
 from braniac.protocol.errors import WireError
 from braniac.protocol.history import History

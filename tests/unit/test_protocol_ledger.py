@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from braniac.protocol import codec, ledger, limits, screen
-from braniac.protocol.codec import CodecRules, Int32Array, Int64Array, Sparse, TileLayout
+from braniac.protocol.bitpack import Int32Array, Int64Array
+from braniac.protocol.codec import CodecRules, Sparse, TileLayout
 from braniac.protocol.errors import WireError
 from braniac.protocol.manifest import MergeRules
 from braniac.protocol.merge import Contribution, Merged, merge

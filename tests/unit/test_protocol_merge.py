@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from braniac.protocol import codec, limits, screen
-from braniac.protocol.codec import CodecRules, Int64Array, Sparse, TileLayout
+from braniac.protocol.bitpack import Int64Array
+from braniac.protocol.codec import CodecRules, Sparse, TileLayout
 from braniac.protocol.errors import Refusal
 from braniac.protocol.manifest import MergeRules
 from braniac.protocol.merge import Contribution, Merged, merge
