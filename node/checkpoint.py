@@ -133,7 +133,7 @@ def from_generation(generation: Generation) -> Saved:
             totals=Totals(**{key: int(value) for key, value in content["totals"].items()}),
             peers={peer_id_from_text(peer): tuple(addresses) for peer, addresses in content["peers"].items()},
         )
-    except (KeyError, TypeError, ValueError, ProtocolError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ProtocolError) as error:
         raise StateError(
             f"generation {generation.number} was written by another version of braniac-node ({error}): "
             "use that version, or join again with an empty --state-dir"

@@ -74,7 +74,7 @@ class Exchange:
                 case "manifest":
                     self._give_manifest(reply)
                 case _:
-                    raise WireError(Refusal.MALFORMED, "an empty request")
+                    raise DecodeError("an empty request")
         except DecodeError:
             reply.refusal = Refusal.MALFORMED.value
             self._metrics.refuse_message(Refusal.MALFORMED)
@@ -85,9 +85,9 @@ class Exchange:
         return out
 
     def _receive(self, envelope: bytes) -> None:
-        if self.engine is None:
-            raise WireError(Refusal.NOT_READY, "this peer has not joined a run yet")
         try:
+            if self.engine is None:
+                raise WireError(Refusal.NOT_READY, "this peer has not joined a run yet")
             self.engine.receive(envelope, self.swarm_clock.now())
         except WireError as error:
             self._metrics.refuse_message(error.refusal)
@@ -133,7 +133,7 @@ class Exchange:
         request = pb.Request(manifest=pb.ManifestRequest(protocol_version=limits.PROTOCOL_VERSION))
         reply = await self._call(transport, peer, request, "message")
         if reply.refusal:
-            raise ManifestError(f"peer {short_name(peer)} has no run to join ({reply.refusal})")
+            raise ManifestError(f"peer {short_name(peer)} has no run to join ({_code(reply)})")
         try:
             signed = pb.SignedManifest.FromString(reply.manifest)
         except DecodeError:
@@ -150,7 +150,7 @@ class Exchange:
         on_bytes: Callable[[int], None] = lambda count: None,
     ) -> None:
         """Bring a blob into the store, trying the holders in turn. Raises BlobUnavailable, DiskFull."""
-        if self._store.has(digest):
+        if self._store.size(digest) == size:
             return
         reasons = []
         for holder in holders:
@@ -186,7 +186,7 @@ class Exchange:
                 request = pb.Request(chunk=pb.ChunkRequest(digest=digest, offset=offset, length=length))
                 reply = await self._call(transport, holder, request, kind)
                 if reply.refusal or len(reply.chunk) != length or reply.blob_bytes != size:
-                    raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({reply.refusal or 'short'})")
+                    raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({_code(reply)})")
                 data[offset : offset + length] = reply.chunk
                 on_bytes(length)
 
@@ -222,6 +222,14 @@ class Exchange:
         self.received[kind] += received
         self._metrics.net_bytes.labels("sent", kind).inc(sent)
         self._metrics.net_bytes.labels("received", kind).inc(received)
+
+
+def _code(reply: pb.Reply) -> str:
+    """Why a reply is of no use, in words of ours: what a peer writes there may be anything."""
+    if not reply.refusal:
+        return "not what was asked for"
+    known = reply.refusal in Refusal.__members__.values()
+    return reply.refusal if known else "in words we do not know"
 
 
 def _sha256(data: bytearray) -> bytes:

@@ -12,7 +12,7 @@ from braniac.model.fragments import fragment_table, layout_digest
 from braniac.model.trainer import TrainSettings, memory_bytes_needed
 from braniac.node import bridge
 from braniac.node.config import RunSection, Tier, TrainSection
-from braniac.node.errors import ResourceError
+from braniac.node.errors import ConfigError, ResourceError
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest, MergeRules, sign_manifest
@@ -82,10 +82,12 @@ def free_memory_bytes() -> int:
 
 
 def choose_tier(wanted: Tier, config: ModelConfig, settings: TrainSettings, free_bytes: int) -> int:
-    """The tier to train: the wanted one, or the largest that fits. Raises ResourceError if that is none."""
+    """The tier to train: the wanted one, or the largest that fits. Raises ConfigError, ResourceError."""
     needs = [memory_bytes_needed(config, tier, settings) for tier in range(config.tiers)]
     budget = int(free_bytes * _SHARE_OF_FREE_MEMORY)
     if wanted != "auto":
+        if wanted >= config.tiers:
+            raise ConfigError(f"this run has no tier {wanted}: choose one from 0 to {config.tiers - 1}, or --tier auto")
         if needs[wanted] > free_bytes:
             raise ResourceError(
                 f"tier {wanted} needs {_mib(needs[wanted])} and {_mib(free_bytes)} are free: use --tier auto"

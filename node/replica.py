@@ -7,7 +7,10 @@ events, so a generation committed by that task always shows one consistent momen
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import structlog
@@ -21,6 +24,7 @@ from braniac.node.trainer_thread import TrainerThread
 from braniac.protocol import codec, ledger, limits
 from braniac.protocol.bitpack import Int32Array
 from braniac.protocol.engine import Engine
+from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.events import UpdateDue
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
@@ -39,7 +43,7 @@ class Prepared:
     digest: bytes
     size: int
     tokens: int
-    """Trained on since the fragment was last offered."""
+    """Trained on since the fragment was last offered, or since the start."""
     snapshot: Snapshot
 
 
@@ -66,7 +70,9 @@ class Replica:
         self._store = store
         self._signed_manifest = signed_manifest
         self._offered_at: dict[int, int] = {}
+        self._began_tokens = trainer.progress.tokens
         self._pins: dict[bytes, int] = {}
+        self._pins_lock = threading.Lock()
         self._former: deque[bytes] = deque(maxlen=2 * manifest.window)
 
     # --- anchors -----------------------------------------------------------------------------------------------------
@@ -79,12 +85,14 @@ class Replica:
     def begin(self) -> None:
         """Take up the initial anchors of a new run. Raises DiskFull."""
         for index in self.manifest.held(self.tier):
-            self.anchors[index] = self.initial_state(index)
+            self.anchors[index] = self.initial_state(index, 0)
 
-    def initial_state(self, fragment: int) -> FragmentState:
-        """A fragment before the first slot, its anchor put into the store. Raises DiskFull."""
+    def initial_state(self, fragment: int, slot: int) -> FragmentState:
+        """A fragment before the first slot, its anchor put into the store and pinned in `slot`. Raises DiskFull."""
         anchor = bridge.initial_anchor(self.config, self._fragments[fragment], self.manifest.seed)
-        return FragmentState(fragment, -1, self._store.put(bridge.anchor_bytes(anchor)))
+        data = bridge.anchor_bytes(anchor)
+        self.pin(hashlib.sha256(data).digest(), slot)
+        return FragmentState(fragment, -1, self._store.put(data))
 
     def is_anchor(self, digest: bytes) -> bool:
         """Whether a blob is one of the anchors held here, or was one lately."""
@@ -109,7 +117,7 @@ class Replica:
             return self._store.put(payload), len(payload)
 
         digest, size = await asyncio.to_thread(encode)
-        since = tokens - self._offered_at.get(fragment, max(0, tokens - 1))
+        since = tokens - self._offered_at.get(fragment, self._began_tokens)
         self._offered_at[fragment] = tokens
         return Prepared(fragment, digest, size, since, Snapshot(tensors, counters["step"]))
 
@@ -133,6 +141,7 @@ class Replica:
         settlement, digest = await asyncio.to_thread(settle)
         change = bridge.weight_change(settlement, cut.size)
         await self.trainer.call(lambda trainer: trainer.rebase(cut, change))
+        await self.trainer.call(lambda trainer: self.trainer.resume_after_change())
         before = self.anchors[index]
         self.pin(before.digest, verdict.slot)  # somebody may be downloading it
         self._former.append(before.digest)
@@ -141,11 +150,18 @@ class Replica:
         return self.anchors[index]
 
     async def restore(self, state: FragmentState) -> None:
-        """Replace a fragment by a downloaded anchor; own work on it that was not merged is forfeited as too old."""
+        """Replace a fragment by a downloaded anchor; own work on it that was not merged is forfeited as too old.
+
+        Raises WireError for an anchor whose sums would not stay exact (I4).
+        """
         cut = self._fragments[state.fragment]
-        self.anchors[state.fragment] = state
-        weights = bridge.to_weights(await asyncio.to_thread(self.anchor, state.fragment))
+        data = await asyncio.to_thread(self._store.get, state.digest)
+        anchor = bridge.anchor_from_bytes(data, cut.size)
+        if int(abs(anchor.astype("i8")).max()) > limits.ANCHOR_MAX:
+            raise WireError(Refusal.MALFORMED, "a downloaded anchor holds values out of range")
+        weights = bridge.to_weights(anchor)
         await self.trainer.call(lambda trainer: trainer.load_fragment(cut, weights))
+        self.anchors[state.fragment] = state
         await self.trainer.call(lambda trainer: self.trainer.resume_after_change())
 
     async def commit(
@@ -182,9 +198,7 @@ class Replica:
         )
         blobs = {state.digest for state in self.anchors.values()} | engine.history.confirmed_blobs()
         blobs |= {offered[1]} if offered else set()
-        edge = engine.slot - 2 * self.manifest.window
-        self._pins = {digest: at for digest, at in self._pins.items() if at > edge}
-        keep_also = set(self._pins) | engine.history.blobs()
+        in_use, edge = engine.history.blobs(), engine.slot - 2 * self.manifest.window
         sweep = self.generation % _COLLECT_EVERY == 0
 
         def write() -> int:
@@ -192,14 +206,26 @@ class Replica:
             content = to_content(replace(saved, weights=weights, optimizer=optimizer), protocol)
             number = self._store.commit(content, {weights, optimizer} | {b for b in blobs if self._store.has(b)})
             if sweep:
-                self._store.collect(keep_also)
+                self._store.collect(self._needed(in_use, edge))
             return number
 
         self.generation = await asyncio.to_thread(write)
 
     def pin(self, digest: bytes, slot: int) -> None:
         """Keep a blob that no generation names yet for two windows after `slot`. Pin before putting."""
-        self._pins[digest] = slot
+        with self._pins_lock:
+            self._pins[digest] = slot
+
+    def _needed(self, in_use: set[bytes], edge: int) -> Iterator[bytes]:
+        """Blobs to keep that no generation names; pins up to slot `edge` are dropped.
+
+        The store asks while nothing can be put, so what was pinned and fetched during the commit is in it.
+        """
+        yield from in_use
+        with self._pins_lock:
+            self._pins = {digest: at for digest, at in self._pins.items() if at > edge}
+            pinned = set(self._pins)
+        yield from pinned
 
     def _count(self, update: UpdateDue) -> None:
         step = -1 if update.undo else 1

@@ -110,7 +110,9 @@ class TrainerThread:
     def _lower_priority(self) -> None:
         if self._nice and hasattr(os, "setpriority"):
             # On Linux this sets the priority of this one thread; the event loop keeps its own.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+            thread = threading.get_native_id()
+            present = os.getpriority(os.PRIO_PROCESS, thread)  # only root may raise it, after `nice -n 19` say
+            os.setpriority(os.PRIO_PROCESS, thread, max(present, self._nice))
 
     def _loop(self) -> None:
         while True:
