@@ -25,11 +25,12 @@ from braniac.node.exchange import BlobUnavailable, Exchange
 from braniac.node.logs import route_hivemind
 from braniac.node.metrics import EventLoopLag, Metrics
 from braniac.node.metrics_server import MetricsServer
-from braniac.node.network import Network
+from braniac.node.network import Network, TransportFactory
 from braniac.node.replica import Prepared, Replica, clipped
 from braniac.node.startup import Equipment, Membership, equip, join_run
 from braniac.node.status import Status
 from braniac.node.store import BlobMissing, DiskFull, Store
+from braniac.node.transport_libp2p import LibP2PTransport
 from braniac.protocol import events, limits
 from braniac.protocol.engine import Engine
 from braniac.protocol.errors import WireError
@@ -40,6 +41,7 @@ from braniac.protocol.wire import FragmentState
 log = structlog.get_logger(__name__)
 
 _MESSAGES_PER_PEER_MAX = 16  # in flight: a peer that does not answer must not collect tasks
+_DISK_RETRY_S = 1.0
 _SWITCH_INTERVAL_S = 0.001  # the trainer holds the interpreter's lock; the event loop must get it back quickly
 
 
@@ -50,13 +52,15 @@ class _Left(Exception):
 class Daemon:
     """One node, from start to leave."""
 
-    def __init__(self, config: NodeConfig, clock: Clock) -> None:
+    def __init__(
+        self, config: NodeConfig, clock: Clock, start_transport: TransportFactory = LibP2PTransport.start
+    ) -> None:
         """Takes the state directory. Raises AlreadyRunning, ConfigError, IdentityFileError."""
         metrics = Metrics(importlib.metadata.version("braniac-node"), limits.PROTOCOL_VERSION)
         store = Store.open(config.state.dir, keep=config.state.keep_generations)
         identity_path = config.state.dir / "identity.key"
         identity = identity_file.load_or_create(identity_path)
-        network = Network(config.network, identity_path, identity, clock)
+        network = Network(config.network, identity_path, identity, clock, start_transport=start_transport)
         swarm_clock = SwarmClock(clock)
         exchange = Exchange(store, metrics, clock, swarm_clock, config.network.call_timeout_s)
         self.node = Equipment(config, clock, swarm_clock, metrics, store, identity, network, exchange)
@@ -83,6 +87,7 @@ class Daemon:
         self._main = asyncio.current_task()
         node = self.node
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(contextlib.suppress(asyncio.CancelledError))  # `leave` ends a node also while it starts
             stack.callback(node.store.close)
             await stack.enter_async_context(ControlServer(node.config.control_socket, self.status))
             if node.config.metrics.enabled:
@@ -91,13 +96,13 @@ class Daemon:
                 log.info("serving metrics", url=f"http://{node.config.metrics.host}:{server.port}/metrics")
             await node.network.start(node.exchange.answer)
             stack.push_async_callback(node.network.close)
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._take_part()
+            await self._take_part()
 
     def leave(self, *, now: bool = False) -> None:
         """Hand over and stop; at once if `now`, if asked twice, or if there is no run yet."""
-        if now or self._leaving.is_set() or self.status.engine is None:
-            assert self._main is not None
+        assert self._main is not None
+        at_once = now or self._leaving.is_set() or self.status.engine is None
+        if at_once and not self._main.cancelling():  # a third signal must not stop the cleaning up
             self._main.cancel()
         self._leaving.set()
 
@@ -107,6 +112,8 @@ class Daemon:
         self._membership = await join_run(node)
         manifest, saved = self._membership.manifest, self._membership.saved
         async with equip(node, self._membership) as (self._replica, self._engine):
+            if saved is None and self._replica.anchors:
+                await self._commit()  # a founder killed right now must find its run again, not found another
             await node.network.open_directory(manifest.run_id)
             self._open_for_business()
             known = [address for addresses in (saved.peers if saved else {}).values() for address in addresses]
@@ -147,6 +154,8 @@ class Daemon:
 
     def _begin_training(self) -> None:
         """All anchors are here: train, offer, sit in committees."""
+        if self._leaving.is_set():
+            return
         if self._bar is not None:
             self._bar.stop()
         self.node.metrics.set_state("training")
@@ -206,6 +215,8 @@ class Daemon:
             await self.node.exchange.send(self.node.network.transport, peer, data)
         finally:
             self._in_flight[peer] -= 1
+            if not self._in_flight[peer]:
+                del self._in_flight[peer]
 
     def _obey(self, event: events.Event) -> None:
         match event:
@@ -251,20 +262,33 @@ class Daemon:
         while True:
             job = await self._ordered.get()
             try:
-                match job:
-                    case events.FragmentDue(slot, fragment):
-                        await self._contribute(slot, fragment)
-                    case events.UpdateDue():
-                        await self._apply(job)
-                    case FragmentState():
-                        await self._restore(job)
-            except DiskFull as error:
-                # What is on disk stays whole; the work stays in the weights and is offered when its turn comes again.
-                self.node.metrics.checkpoint_failures.inc()
-                self.status.trouble("disk", str(error))
+                while not await self._do(job):
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_DISK_RETRY_S):
+                            await self._leaving.wait()
             finally:
                 self._ordered.task_done()
                 self._wake.set()
+
+    async def _do(self, job: events.FragmentDue | events.UpdateDue | FragmentState) -> bool:
+        """Whether a job is done with; if not, it must be tried again.
+
+        On a full disk an offer is given up: the work stays in the weights until its turn comes again. A change of an
+        anchor waits for space, because without it this node's anchor would differ from everybody's.
+        """
+        try:
+            match job:
+                case events.FragmentDue(slot, fragment):
+                    await self._contribute(slot, fragment)
+                case events.UpdateDue():
+                    await self._apply(job)
+                case FragmentState():
+                    await self._restore(job)
+        except DiskFull as error:
+            self.node.metrics.checkpoint_failures.inc()
+            self.status.trouble("disk", str(error))
+            return isinstance(job, events.FragmentDue) or self._leaving.is_set()
+        return True
 
     async def _contribute(self, slot: int, fragment: int) -> None:
         """Compress the uncommitted work on the fragment that is due, make it durable, offer it."""
@@ -301,7 +325,12 @@ class Daemon:
     async def _restore(self, state: FragmentState) -> None:
         """A fragment was downloaded: take it over."""
         again = self._engine.ready
-        await self._replica.restore(state)
+        try:
+            await self._replica.restore(state)
+        except WireError as error:  # asked for again after a window, in the state that the others hold then
+            self.node.metrics.refuse_message(error.refusal)
+            log.error("a downloaded fragment cannot be used", fragment=state.fragment, reason=str(error))
+            return
         self._engine.fragment_restored(state)
         if again:
             self.status.forfeit("too_old")
@@ -379,8 +408,12 @@ class Daemon:
     async def _begin_fragment(self, fragment: int) -> None:
         """Nobody holds this fragment: start it from the run's initial weights."""
         log.warning("nobody holds a fragment, starting it anew", fragment=fragment)
-        state = await asyncio.to_thread(self._replica.initial_state, fragment)
-        self._replica.pin(state.digest, self._engine.slot)
+        try:
+            state = await asyncio.to_thread(self._replica.initial_state, fragment, self._engine.slot)
+        except DiskFull as error:
+            self.status.trouble("disk", str(error))
+            self._engine.fragment_unavailable(fragment)
+            return
         self._ordered.put_nowait(state)
         self._wake.set()
 
