@@ -17,7 +17,7 @@ from braniac.node import bridge, joiner
 from braniac.node.checkpoint import Saved, Totals, from_generation, load_tensors
 from braniac.node.clock import Clock, SwarmClock
 from braniac.node.config import NodeConfig
-from braniac.node.errors import Incompatible
+from braniac.node.errors import ConfigError, Incompatible
 from braniac.node.exchange import Exchange
 from braniac.node.founding import choose_tier, found_run, free_memory_bytes, train_settings
 from braniac.node.metrics import Metrics
@@ -61,8 +61,9 @@ class Membership:
 async def join_run(node: Equipment) -> Membership:
     """The run on disk, the one of the peers we were given, or a new one.
 
-    Raises Incompatible, StateError, and ManifestError for a run that cannot be joined.
+    Raises ConfigError, Incompatible, StateError, and ManifestError for a run that cannot be joined.
     """
+    _check_data(node.config)
     incarnation = int(node.clock.wall())
     generation = await asyncio.to_thread(node.store.recover)
     for number, reason in node.store.skipped:
@@ -95,6 +96,13 @@ async def _resume_time(node: Equipment, saved: Saved) -> None:
         node.swarm_clock.set(saved.swarm_time_s)
     if abs(moved_s) > 1.0:
         log.warning("the wall clock was wrong, following the swarm", moved_s=round(moved_s, 1))
+
+
+def _check_data(config: NodeConfig) -> None:
+    """Say at once that a path is wrong, not after the run was found. Raises ConfigError."""
+    for path in config.data.paths:
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist: give the path of a text file or of a folder with some")
 
 
 def _check_pinned(config: NodeConfig, manifest: Manifest) -> None:

@@ -72,7 +72,7 @@ class Status:
     def offered(self, slot: int, payload_bytes: int) -> None:
         """A contribution was announced."""
         self._payload_bytes[slot] = payload_bytes
-        self._payload_bytes.pop(slot - _RECORDS_MAX, None)
+        _forget_oldest(self._payload_bytes)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -89,7 +89,7 @@ class Status:
         sent = self._node.exchange.sent
         steady = sent["message"] + sent["blob"]
         self._sent_bytes[event.slot - 1], self._sent_before = steady - self._sent_before, steady
-        self._sent_bytes.pop(event.slot - _RECORDS_MAX, None)
+        _forget_oldest(self._sent_bytes)
         metrics.peers.set(self._live())
         metrics.clock_offset.set(self._clock_offset_s())
         metrics.tokens.inc(progress.tokens - self._reported_tokens)
@@ -99,9 +99,7 @@ class Status:
         if progress.loss is not None:
             metrics.loss.labels("train").set(progress.loss)
         self.trouble("training", "the loss is not finite, waiting for better weights" if progress.stalled else "")
-        lonely = "0 peers" if self._node.network.bootstrap and not self._live() else ""
-        why = "; ".join(f"{address}: {reason}" for address, reason in self._node.network.failures.items())
-        self.trouble("peers", f"{lonely} ({why})" if lonely and why else lonely)
+        self.trouble("peers", self._lonely())
         if metrics.state in ("training", "degraded"):
             metrics.set_state("degraded" if self._reason() else "training")
 
@@ -239,7 +237,22 @@ class Status:
         return len(self.engine.roster.live(self.engine.slot)) if self.engine else 0
 
     def _reason(self) -> str:
+        if self.engine is None:  # no slots yet in which troubles would be looked for
+            return self._lonely()
         return "; ".join(sentence for sentence in self._troubles.values() if sentence)
+
+    def _lonely(self) -> str:
+        """Nobody there though somebody should be, and why; empty if all is well."""
+        if self._live() or not self._node.network.bootstrap:
+            return ""
+        why = "; ".join(f"{address}: {reason}" for address, reason in self._node.network.failures.items())
+        return f"0 peers ({why})" if why else "0 peers"
 
     def _clock_offset_s(self) -> float:
         return self._node.swarm_clock.now() - self._node.clock.wall()
+
+
+def _forget_oldest(by_slot: dict[int, int]) -> None:
+    """Keep as many slots as there are records: a slot may have been skipped, so its number alone does not tell."""
+    while len(by_slot) > _RECORDS_MAX:
+        del by_slot[next(iter(by_slot))]
