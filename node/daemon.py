@@ -143,6 +143,10 @@ class Daemon:
         log.info("taking part", run_id=engine.manifest.run_id.hex(), name=engine.manifest.name, tier=engine.tier)
         for address in engine.addresses:
             log.info("listening", address=address)
+        # On stdout, for scripts and for people to copy; everything else is the log's.
+        sys.stdout.write(f"run {engine.manifest.run_id.hex()}\n")
+        sys.stdout.writelines(f"join with: braniac-node join --peers {address}\n" for address in engine.addresses)
+        sys.stdout.flush()
         missing = [f for f in engine.manifest.held(engine.tier) if f not in engine.anchors()]
         if missing:
             node.metrics.set_state("joining")

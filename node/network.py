@@ -7,7 +7,9 @@ less often and never in step with others. Meanwhile the node trains alone and sa
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +30,7 @@ log = structlog.get_logger(__name__)
 _RETRY_S_MIN = 0.5
 _RETRY_S_MAX = 60.0
 _RECORD_TTL_S = 120.0
+_SOCKET_DIR_BYTES_MAX = 80  # of the 107 that a socket's path may have
 _LOOK_S = 10.0  # between two looks into the directory
 
 TransportFactory = Callable[[Path, P2pdOptions], Awaitable[Transport]]
@@ -73,7 +76,8 @@ class Network:
     async def start(self, handler: Handler) -> None:
         """Bind and answer requests. Raises ConfigError, ResourceError."""
         self._handler = handler
-        options = P2pdOptions(listen=self._settings.listen, announce=self._settings.announce)
+        listen, announce = self._settings.listen, self._settings.announce
+        options = P2pdOptions(listen=listen, announce=announce, socket_dir=self._socket_dir())
         transport = await self._start_transport(self._identity_path, options)
         try:
             await transport.serve(handler)
@@ -83,6 +87,16 @@ class Network:
         for peer, addresses in self._known.items():
             transport.remember(peer, addresses)
         self._transport = transport
+
+    def _socket_dir(self) -> Path | None:
+        """A place for the daemon's socket that is swept at every start: a killed node leaves its own behind."""
+        place = self._identity_path.parent / "p2pd"
+        if len(os.fsencode(place)) > _SOCKET_DIR_BYTES_MAX:
+            return None  # the system's place has a shorter name
+        if self._transport is None:  # else it may still be in use
+            shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(mode=0o700, exist_ok=True)
+        return place
 
     async def close(self) -> None:
         """Stop answering."""
