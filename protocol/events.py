@@ -82,7 +82,7 @@ class SlotSettled:
 
 @dataclass(frozen=True)
 class PeerJoined:
-    """A peer was heard for the first time, or again after it was gone."""
+    """A peer was heard for the first time, or again after it was gone or restarted."""
 
     peer: PeerId
     tier: int

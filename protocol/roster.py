@@ -94,14 +94,15 @@ class Roster:
                 del self._replay[stranger]
 
     def hear(self, peer: PeerId, heartbeat: Heartbeat, slot: int, sequence: int) -> tuple[Member, bool]:
-        """Note a heartbeat received in `slot`: the member, and whether it is new or came back."""
+        """Note a heartbeat received in `slot`: the member, and whether it is new, came back or was restarted."""
         known = self._members.get(peer)
         if known is not None and sequence < known.sequence:
             return known, False
         if known is None and len(self._members) >= limits.ROSTER_PEERS_MAX:
             oldest = min(self._members.values(), key=lambda m: m.heard_slot)
             del self._members[oldest.peer]
-        returned = known is None or not known.live(slot)
+        restarted = known is not None and sequence >> 32 != known.sequence >> 32  # another incarnation
+        returned = known is None or restarted or not known.live(slot)
         member = Member(
             peer,
             heartbeat.tier,

@@ -189,9 +189,9 @@ class Rounds:
         """Whether, as far as this peer can tell, these signers were high enough and no seat was left out."""
         slot = verdict.slot
         edge = slot - 2 * limits.ROSTER_LIVE_SLOTS
-        # A signer that has begun to leave is not ready any more, and may still finish what it has begun.
-        heard = [m.peer for m in self._roster if m.heard_slot >= edge and (m.ready_slot >= 0 or m.peer in signers)]
-        ranked = seats.ranking(self._manifest.run_id, slot, [*heard, self._me])
+        # A signer may have lapsed or begun to leave since: it is only outranked by those who could have had its seat.
+        rivals = [m.peer for m in self._roster if m.eligible(slot) or (m.peer in signers and m.heard_slot >= edge)]
+        ranked = seats.ranking(self._manifest.run_id, slot, [*rivals, self._me])
         enough_seats = len(verdict.committee) >= len(self._committee(slot))
         return enough_seats and signers <= set(ranked[: limits.CERTIFICATE_RANK_MAX])
 

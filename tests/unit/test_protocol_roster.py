@@ -81,6 +81,13 @@ def test_a_peer_lives_for_some_slots_after_its_heartbeat() -> None:
     assert not returned
 
 
+def test_a_restarted_peer_is_news_although_it_was_not_missed() -> None:
+    roster = Roster()
+    roster.hear(ALICE, Heartbeat(10, 0, 0), 10, (1 << 32) + 5)
+    _, returned = roster.hear(ALICE, Heartbeat(10, 0, -1), 10, (2 << 32) + 1)
+    assert returned, "it has forgotten us and waits for an answer"
+
+
 def test_a_heartbeat_from_the_future_does_not_live_longer() -> None:
     roster = Roster()
     member, _ = roster.hear(ALICE, Heartbeat(10**9, 0, 0), 10, 1)
