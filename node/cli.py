@@ -61,7 +61,8 @@ def _config(file: Path | None, sets: Sequence[str] | None, **flags: object) -> N
 @app.command()
 def join(
     peers: Annotated[
-        list[str] | None, typer.Option("--peers", metavar="ADDR", help="Peer to join through; repeatable, or a,b.")
+        list[str] | None,
+        typer.Option("--peers", metavar="ADDR", help="Peer to join through, or @FILE of them; repeatable."),
     ] = None,
     tier: Annotated[str | None, typer.Option(metavar="auto|0..3", help="Part of the model to hold; 0 is all.")] = None,
     data: Annotated[

@@ -50,11 +50,13 @@ class NetworkSection(_Section):
     """Whom to reach, and how to be reached."""
 
     peers: tuple[str, ...] = ()
-    """Multiaddrs of peers to join through, each ending in /p2p/<peer id>; empty: found a run, or resume the old one."""
+    """Multiaddrs to join through, each ending in /p2p/<peer id>, or @FILE of them; empty: found or resume a run."""
     listen: tuple[str, ...] = Field(default=("/ip4/0.0.0.0/tcp/0",), min_length=1)
     """Multiaddrs to listen on; port 0 means any free port."""
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the ones found, e.g. behind a port forward."""
+    address_file: UserPath | None = None
+    """Write this node's own multiaddrs into this file, for peers that join through @FILE; not set: nowhere."""
     run_id: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Refuse to join any run but this one (64 hex digits)."""
     call_timeout_s: float = Field(default=10.0, ge=0.1, le=600)

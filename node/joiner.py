@@ -26,8 +26,12 @@ _TIME_S = 3.0  # how long a restart waits for others to say what time it is
 
 
 async def find_run(network: Network, exchange: Exchange) -> tuple[Manifest, tuple[bytes, bytes]]:
-    """Ask the bootstrap peers which run this is, for ever. Raises VersionMismatch when told another protocol."""
+    """Ask the bootstrap peers which run this is, for ever.
+
+    Raises VersionMismatch when told another protocol, ConfigError for a malformed address in an @FILE.
+    """
     for attempt in range(sys.maxsize):
+        network.read_address_files()
         for address in network.bootstrap:
             try:
                 peer = await network.connect(address)

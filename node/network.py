@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from braniac.node import address_file
 from braniac.node.clock import Clock
 from braniac.node.config import NetworkSection
 from braniac.node.directory import Directory, Record
@@ -51,7 +52,8 @@ class Network:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """Raises ConfigError for a malformed address."""
-        self.bootstrap = [parse_address(text) and text for text in settings.peers]
+        self.bootstrap: list[str] = []
+        """Addresses to join through, as far as they are known."""
         self.sleep = sleep
         """Pauses between two attempts, in seconds."""
         self.failures: dict[str, str] = {}
@@ -66,6 +68,7 @@ class Network:
         self._directory: Directory | None = None
         self._run_id: bytes | None = None
         self._known: dict[PeerId, tuple[str, ...]] = {}
+        self._add_bootstrap(text for text in settings.peers if not address_file.is_reference(text))
 
     @property
     def transport(self) -> Transport:
@@ -87,6 +90,24 @@ class Network:
         for peer, addresses in self._known.items():
             transport.remember(peer, addresses)
         self._transport = transport
+        if self._settings.address_file is not None:
+            address_file.write(self._settings.address_file, transport.addresses())
+        self.read_address_files()
+
+    def read_address_files(self) -> None:
+        """Take up what the @FILEs among the peers hold by now. Raises ConfigError for a malformed address."""
+        for reference in filter(address_file.is_reference, self._settings.peers):
+            try:
+                self._add_bootstrap(address_file.read(reference))
+                self.failures.pop(reference, None)
+            except OSError as error:
+                self.failures[reference] = f"no addresses yet: {error.strerror}"
+
+    def _add_bootstrap(self, addresses: Iterable[str]) -> None:
+        for address in addresses:
+            parse_address(address)
+            if address not in self.bootstrap:
+                self.bootstrap.append(address)
 
     def _socket_dir(self) -> Path | None:
         """A place for the daemon's socket that is swept at every start: a killed node leaves its own behind."""

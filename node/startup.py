@@ -74,7 +74,7 @@ async def join_run(node: Equipment) -> Membership:
         await _resume_time(node, saved)
         log.info("resuming", generation=generation.number, step=saved.step, tier=saved.tier)
         return Membership(saved.manifest, saved.signed_manifest, saved, max(incarnation, saved.incarnation + 1))
-    if node.network.bootstrap:
+    if node.config.network.peers:
         node.metrics.set_state("joining")
         manifest, signed = await joiner.find_run(node.network, node.exchange)
         _check_pinned(node.config, manifest)

@@ -243,7 +243,7 @@ class Status:
 
     def _lonely(self) -> str:
         """Nobody there though somebody should be, and why; empty if all is well."""
-        if self._live() or not self._node.network.bootstrap:
+        if self._live() or not self._node.config.network.peers:
             return ""
         why = "; ".join(f"{address}: {reason}" for address, reason in self._node.network.failures.items())
         return f"0 peers ({why})" if why else "0 peers"
