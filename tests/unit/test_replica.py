@@ -1,0 +1,404 @@
+"""Weights and anchors together: the ledger (I1) in floats, and crashes at every point of a slot.
+
+A real trainer, thread, store and engine; one peer alone, whose committee is itself, so that every certificate is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from braniac.model.fragments import fragment_table
+from braniac.node import bridge
+from braniac.node.checkpoint import Saved, from_generation, load_tensors
+from braniac.node.replica import Prepared, Replica, clipped
+from braniac.node.store import Store
+from braniac.node.trainer_thread import TrainerThread
+from braniac.protocol import codec, events, ledger, limits, wire
+from braniac.protocol.codec import Int64Array
+from braniac.protocol.engine import Engine
+from braniac.protocol.errors import WireError
+from braniac.protocol.events import UpdateDue
+from braniac.protocol.history import History
+from braniac.protocol.merge import Contribution, merge
+from braniac.protocol.wire import Certificate, FragmentState, Share
+from tests.unit.node_harness import (
+    CONFIG,
+    EPOCH_S,
+    FRAGMENTS,
+    blob_files,
+    identity,
+    make_manifest,
+    make_replica,
+    make_thread,
+    make_trainer,
+)
+
+ME, OTHER = identity(0), identity(1)
+MANIFEST = make_manifest(ME)
+TABLE = fragment_table(CONFIG, FRAGMENTS)
+
+
+class Node:
+    """One life of a node that is alone in its run: what the daemon does, one call at a time."""
+
+    def __init__(self, root: Path, incarnation: int = 1) -> None:
+        self.store = Store.open(root, keep=2)
+        generation = self.store.recover()
+        self.saved: Saved | None = from_generation(generation) if generation else None
+        trainer = make_trainer()
+        history = History(MANIFEST)
+        if self.saved is not None:
+            assert self.saved.weights is not None
+            assert self.saved.optimizer is not None
+            tensors = load_tensors(self.store, self.saved.weights, self.saved.optimizer)
+            trainer.load_state(tensors, {"step": self.saved.step})
+            history = self.saved.history
+        self.incarnation = incarnation
+        self.thread: TrainerThread = make_thread(trainer)
+        self.replica: Replica = make_replica(self.store, ME, self.thread)
+        if self.saved is None:
+            history.begin(MANIFEST.held(0))
+            self.replica.begin()
+        else:
+            self.replica.anchors = dict(self.saved.anchors)
+            self.replica.totals = self.saved.totals
+        self.now = EPOCH_S + 0.1 if self.saved is None else self.saved.swarm_time_s
+        self.engine = Engine(MANIFEST, ME, 0, incarnation=incarnation, now=self.now, history=history)
+        for state in self.replica.anchors.values():
+            self.engine.anchor_known(state)
+        self.thread.start()
+        self.engine.set_ready()
+
+    def close(self) -> None:
+        self.thread.stop()
+        self.store.close()
+
+    async def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            await self.thread.call(lambda trainer: trainer.step())
+
+    async def weights(self, fragment: int) -> torch.Tensor:
+        return await self.thread.call(lambda trainer: trainer.read(TABLE[fragment]))
+
+    async def own_work(self, fragment: int) -> Int64Array:
+        """x - anchor in units."""
+        weights = await self.weights(fragment)
+        return ledger.residual(bridge.to_fixed_point(weights), self.replica.anchor(fragment))
+
+    def next_slot(self) -> list[events.Event]:
+        """Let a slot begin: what the engine then asks for."""
+        self.now = MANIFEST.slot_start(self.engine.slot + 1) + 0.01
+        self.engine.handle_timer(self.now)
+        return self.drain()
+
+    def drain(self) -> list[events.Event]:
+        found = []
+        while (event := self.engine.next_event()) is not None:
+            found.append(event)
+        return found
+
+    async def commit(self, offer: tuple[int, Prepared] | None = None) -> None:
+        await self.replica.commit(self.engine, self.incarnation, (0.0, self.now), {}, offer)
+
+    async def slot(self, reached: Callable[[str], None] = lambda point: None) -> list[events.Event]:
+        """One whole slot; `reached` is told the name of every point at which the node might be killed."""
+        seen = self.next_slot()
+        for event in seen:
+            if isinstance(event, events.FragmentDue):
+                await self.step()
+                prepared = await self.replica.compress(event.fragment)
+                self.replica.pin(prepared.digest, event.slot)
+                reached("compressed")
+                await self.commit((event.slot, prepared))
+                reached("committed")
+                self.engine.offer(event.slot, prepared.digest, prepared.size, prepared.tokens)
+                self.engine.blob_fetched(prepared.digest, True, self.now)
+                reached("offered")
+        seen += await self._certify(reached)
+        return seen
+
+    async def _certify(self, reached: Callable[[str], None]) -> list[events.Event]:
+        seen = []
+        while pending := self.drain():
+            seen += pending
+            for event in pending:
+                match event:
+                    case events.MergeDue():
+                        given = [Contribution(p, t, self.store.get(d)) for p, t, d in event.contributions]
+                        merged = merge(MANIFEST, event.fragment, given)
+                        assert merged is not None
+                        self.replica.pin(merged.digest, event.slot)
+                        self.store.put(merged.update)
+                        self.engine.merged(event.slot, merged)
+                        reached("merged")
+                    case events.BlobWanted():
+                        self.engine.blob_fetched(event.digest, self.store.has(event.digest), self.now)
+                    case events.UpdateDue():
+                        state = await self.replica.apply(event)
+                        reached("applied")
+                        self.engine.anchor_moved(event, state)
+                        reached("confirmed")
+        return seen
+
+
+def update_of(
+    node: Node, slot: int, own: tuple[bytes, int] | None, payloads: list[bytes], *, clip: int = limits.CLIP_ONE
+) -> UpdateDue:
+    """A certificate for `slot` that somebody's committee signed, with these payloads of others and perhaps ours."""
+    fragment = MANIFEST.fragment_of(slot)
+    peers = [OTHER, identity(2), identity(3)]
+    given = [Contribution(peer.peer_id, 1, data) for peer, data in zip(peers, payloads, strict=False)]
+    signers = {peer.peer_id: peer for peer in (ME, *peers)}
+    if own is not None:
+        given.append(Contribution(ME.peer_id, 1, node.store.get(own[0])))
+    merged = merge(MANIFEST, fragment, given)
+    assert merged is not None
+    node.store.put(merged.update)
+    shares = []
+    for contribution in sorted(given, key=lambda c: c.peer):
+        digest, size = hashlib.sha256(contribution.payload).digest(), len(contribution.payload)
+        signer = signers[contribution.peer]
+        commitment = wire.make_commitment(signer, MANIFEST.run_id, slot, fragment, digest, size, 1)
+        shares.append(Share(commitment, clip))
+    verdict = wire.make_verdict(
+        MANIFEST.run_id, slot, fragment, (OTHER.peer_id,), shares, merged.digest, len(merged.update)
+    )
+    signature = wire.sign_verdict(OTHER, verdict.digest)
+    return UpdateDue(Certificate(verdict, ((OTHER.peer_id, signature),)), own[0] if own else None)
+
+
+def payload_of(fragment: int, seed: int) -> bytes:
+    spec = MANIFEST.fragments[fragment]
+    vector = np.random.default_rng(seed).integers(-(1 << 16), 1 << 16, spec.layout.size)
+    return codec.encode_topk(spec.layout, MANIFEST.up, vector)[0]
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    await asyncio.to_thread(node.close)
+
+
+async def test_a_new_run_starts_without_own_work(node: Node) -> None:
+    for fragment in MANIFEST.held(0):
+        assert not (await node.own_work(fragment)).any()
+        assert node.replica.is_anchor(node.replica.anchors[fragment].digest)
+        assert node.replica.anchor_bytes(fragment) == 4 * TABLE[fragment].size
+    assert not node.replica.is_anchor(bytes(32))
+
+
+async def test_a_merge_of_one_moves_the_anchor_and_not_the_weights(node: Node) -> None:
+    await node.step(3)
+    fragment, slot = 1, 1
+    before, anchor = await node.weights(fragment), node.replica.anchor(fragment).astype(np.int64)
+    prepared = await node.replica.compress(fragment)
+    sent = codec.decode(MANIFEST.fragments[fragment].layout, MANIFEST.up, node.store.get(prepared.digest))
+    assert len(sent)
+    state = await node.replica.apply(update_of(node, slot, (prepared.digest, prepared.size), []))
+    assert torch.equal(await node.weights(fragment), before)
+    assert np.array_equal(node.replica.anchor(fragment), anchor + sent.dense(len(anchor)))
+    assert state == node.replica.anchors[fragment]
+    assert (state.fragment, state.slot) == (fragment, slot)
+    assert (node.replica.totals.certificates, node.replica.totals.merged) == (1, 1)
+
+
+@pytest.mark.parametrize("mine", [True, False])
+async def test_own_work_changes_by_what_the_certificate_took(node: Node, mine: bool) -> None:
+    await node.step(3)
+    fragment, slot = 2, 2
+    prepared = await node.replica.compress(fragment)
+    before, anchor = await node.own_work(fragment), node.replica.anchor(fragment).astype(np.int64)
+    own = (prepared.digest, prepared.size) if mine else None
+    update = update_of(node, slot, own, [payload_of(fragment, 1), payload_of(fragment, 2)])
+    layout = MANIFEST.fragments[fragment].layout
+    merged = codec.decode(layout, MANIFEST.down, node.store.get(update.certificate.verdict.update_digest))
+    sent = codec.decode(layout, MANIFEST.up, node.store.get(prepared.digest)).dense(layout.size)
+    taken = np.zeros(layout.size, np.int64)
+    if mine:
+        taken[merged.positions] = sent[merged.positions]
+        assert taken.any()
+    await node.replica.apply(update)
+    assert np.array_equal(node.replica.anchor(fragment), anchor + merged.dense(layout.size))
+    assert np.abs(await node.own_work(fragment) - (before - taken)).max() <= 1  # one rounding of a float32 sum
+
+
+async def test_undoing_restores_the_anchor_to_the_bit(node: Node) -> None:
+    await node.step(3)
+    fragment, slot = 0, 5
+    prepared = await node.replica.compress(fragment)
+    first, work = node.replica.anchors[fragment], await node.own_work(fragment)
+    update = update_of(node, slot, (prepared.digest, prepared.size), [payload_of(fragment, 3)])
+    await node.replica.apply(update)
+    moved = node.replica.anchors[fragment]
+    assert moved.digest != first.digest
+    assert node.replica.is_anchor(first.digest)  # somebody may still be downloading it
+    await node.replica.apply(dataclasses.replace(update, undo=True))
+    assert node.replica.anchors[fragment].digest == first.digest
+    assert np.abs(await node.own_work(fragment) - work).max() <= 1
+    assert node.replica.totals.certificates == node.replica.totals.merged == 0
+
+
+async def test_an_update_that_is_none_changes_nothing(node: Node) -> None:
+    fragment, slot = 1, 1
+    update = update_of(node, slot, None, [payload_of(fragment, 1)])
+    nonsense = node.store.put(b"nonsense")
+    verdict = dataclasses.replace(update.certificate.verdict, update_digest=nonsense)
+    bad = UpdateDue(dataclasses.replace(update.certificate, verdict=verdict), None)
+    before, states = await node.weights(fragment), dict(node.replica.anchors)
+    with pytest.raises(WireError):
+        await node.replica.apply(bad)
+    assert torch.equal(await node.weights(fragment), before)
+    assert node.replica.anchors == states
+
+
+async def test_weight_is_what_was_trained_since_the_last_offer(node: Node) -> None:
+    node.thread.train()
+    while node.thread.progress.steps < 4:
+        await node.thread.call(lambda trainer: None)
+    node.thread.pause()
+    await node.thread.call(lambda trainer: None)
+    tokens = node.thread.progress.tokens
+    assert (await node.replica.compress(1)).tokens == tokens
+    assert (await node.replica.compress(1)).tokens == 0
+    assert (await node.replica.compress(2)).tokens == tokens
+
+
+async def test_a_downloaded_fragment_replaces_weights_and_anchor(node: Node) -> None:
+    await node.step(2)
+    anchor = np.arange(TABLE[3].size, dtype=np.int32) - 50
+    state = FragmentState(3, 17, node.store.put(bridge.anchor_bytes(anchor)))
+    await node.replica.restore(state)
+    assert np.array_equal(node.replica.anchor(3), anchor)
+    assert not (await node.own_work(3)).any()
+    assert node.replica.anchors[3] == state
+
+
+@pytest.mark.parametrize("value", [limits.ANCHOR_MAX + 1, -(1 << 31)])
+async def test_a_downloaded_fragment_out_of_range_is_refused(node: Node, value: int) -> None:
+    before, state = await node.weights(3), node.replica.anchors[3]
+    anchor = np.zeros(TABLE[3].size, np.int32)
+    anchor[-1] = value
+    with pytest.raises(WireError, match="range"):
+        await node.replica.restore(FragmentState(3, 17, node.store.put(bridge.anchor_bytes(anchor))))
+    assert torch.equal(await node.weights(3), before)
+    assert node.replica.anchors[3] == state
+
+
+async def test_a_node_alone_certifies_and_applies_its_own_work(node: Node) -> None:
+    outcomes: list[events.SlotSettled] = []
+    for _ in range(4 + FRAGMENTS):
+        outcomes += [e for e in await node.slot() if isinstance(e, events.SlotSettled)]
+    merged = [e for e in outcomes if e.merged]
+    assert len(merged) >= FRAGMENTS
+    assert {e.fragment for e in merged} == set(range(FRAGMENTS))
+    assert node.replica.totals.merged == len(merged)
+
+
+class Killed(Exception):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("point", ["compressed", "committed", "offered", "merged", "applied", "confirmed"])
+async def test_after_a_crash_everything_belongs_to_one_moment(tmp_path: Path, point: str) -> None:
+    node = Node(tmp_path)
+    committed: list[tuple[dict[int, torch.Tensor], dict[int, FragmentState], set[int], dict[int, bytes]]] = []
+    life: list[str] = []
+
+    def reached(name: str) -> None:
+        life.append(name)
+        if name == point and life.count(name) == 3:
+            raise Killed
+
+    async def moment() -> None:
+        weights = {f: await node.weights(f) for f in range(FRAGMENTS)}
+        state = node.engine.state()
+        confirmed = {
+            wire.open_certificate(bytes.fromhex(e["certificate"]), MANIFEST.run_id).verdict.slot
+            for e in state["entries"]
+        }
+        committed.append((weights, dict(node.replica.anchors), confirmed, dict(node.engine.history.offers)))
+
+    commit = node.commit
+
+    async def commit_and_note(offer: tuple[int, Prepared] | None = None) -> None:
+        await commit(offer)
+        await moment()
+        if offer is not None:
+            committed[-1][3][offer[0]] = offer[1].digest
+
+    node.commit = commit_and_note  # type: ignore[method-assign]
+
+    async def live() -> None:
+        for _ in range(12):
+            await node.slot(reached)
+
+    with pytest.raises(Killed):
+        await live()
+    await asyncio.to_thread(node.close)
+
+    after = Node(tmp_path, incarnation=2)
+    weights, anchors, confirmed, offers = committed[-1]
+    assert after.replica.anchors == anchors
+    assert after.engine.history.offers == offers
+    assert {slot for slot in range(20) if after.engine.history.entry(slot)} == confirmed
+    for fragment in range(FRAGMENTS):
+        assert torch.equal(await after.weights(fragment), weights[fragment])
+    # The last offer is the work that is still in the weights: a certificate that the others make of it now fits.
+    slot = max(offers)
+    layout = MANIFEST.fragments[MANIFEST.fragment_of(slot)].layout
+    work = await after.own_work(MANIFEST.fragment_of(slot))
+    payload, _ = codec.encode_topk(layout, MANIFEST.up, work)
+    assert hashlib.sha256(payload).digest() == offers[slot]
+    assert after.store.get(offers[slot]) == payload
+    for _ in range(8):  # and it goes on
+        await after.slot()
+    assert after.replica.totals.merged > 3
+    await asyncio.to_thread(after.close)
+
+
+async def test_a_sweep_keeps_all_that_may_be_needed(node: Node, tmp_path: Path) -> None:
+    for _ in range(5 * FRAGMENTS):
+        await node.slot()
+        needed = {state.digest for state in node.replica.anchors.values()} | node.engine.history.blobs()
+        assert needed <= blob_files(tmp_path)
+    bound = 2 * 2 + 5 * FRAGMENTS * limits.HISTORY_WINDOWS + 3 * 8 * 4
+    assert len(blob_files(tmp_path)) < bound
+    assert len(node.replica._pins) < 4 * 2 * FRAGMENTS + 32
+
+
+async def test_what_arrives_during_a_commit_survives_its_sweep(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived: list[bytes] = []
+    commit = node.store.commit
+
+    def slow_commit(content: dict[str, object], refs: set[bytes]) -> int:
+        data = b"an update, fetched while the generation is written"
+        node.replica.pin(hashlib.sha256(data).digest(), node.engine.slot)
+        arrived.append(node.store.put(data))
+        return commit(content, refs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(node.store, "commit", slow_commit)
+    stray = node.store.put(b"nobody needs this")
+    await node.commit()
+    assert arrived[0] in blob_files(tmp_path)
+    assert stray not in blob_files(tmp_path)
+
+
+async def test_clipping_is_noticed(node: Node) -> None:
+    await node.step()
+    prepared = await node.replica.compress(1)
+    own = (prepared.digest, prepared.size)
+    half = update_of(node, 1, own, [], clip=limits.CLIP_ONE // 2)
+    assert clipped(half, ME.peer_id)
+    assert not clipped(update_of(node, 1, own, []), ME.peer_id)
+    assert not clipped(update_of(node, 1, None, [payload_of(1, 1)], clip=1), ME.peer_id)
