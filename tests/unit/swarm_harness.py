@@ -274,6 +274,8 @@ class Peer:
     def _put(self, data: bytes) -> bytes:
         digest = hashlib.sha256(data).digest()
         self.blobs[digest] = data
+        if self.disk is not None:
+            self.disk.blobs[digest] = data  # a blob is a file of its own, durable before anything names it
         return digest
 
     def _fetch(self, wanted: events.BlobWanted) -> None:
@@ -387,7 +389,7 @@ class Swarm:
         swarm.peers[0].found()
         for peer in swarm.peers[1:]:
             peer.join()
-        swarm.run(8 + slots)
+        swarm.run(6 + slots)
         assert all(peer.engine.ready for peer in swarm.peers)
         return swarm
 
