@@ -63,6 +63,8 @@ class Node:
     process: subprocess.Popen[bytes] | None = None
     helpers: set[psutil.Process] = field(default_factory=set)
     """libp2p daemons that were seen as its children."""
+    log_began: int = 0
+    """Where the log of the present daemon begins, in bytes."""
 
     @property
     def log_path(self) -> Path:
@@ -77,6 +79,7 @@ class Node:
             arguments += ["--set", setting]
         arguments += ["--peers", peers] if peers else []
         with self.log_path.open("ab") as output:
+            self.log_began = output.tell()
             self.process = subprocess.Popen(
                 [*COMMAND, *map(str, [*arguments, *more])],
                 env=ENVIRONMENT,
@@ -95,7 +98,7 @@ class Node:
     def ask(self) -> StatusReply | None:
         """Its status, or None while it does not answer. Fails the test if it has ended."""
         assert self.process is not None
-        assert self.process.poll() is None, f"the daemon ended with {self.process.returncode}: {self.last_words()}"
+        assert self.process.poll() is None, f"the daemon ended with {self.process.returncode}: {self.words()}"
         try:
             reply = ControlClient(control_socket_path(self.state_dir)).status()
         except NodeError:
@@ -115,7 +118,9 @@ class Node:
     def training(self, certificates: int = 1) -> StatusReply:
         """Wait until it trains and has applied that many certificates."""
         wanted = ("training", "degraded")
-        return self.until(lambda s: s.state in wanted and s.certificates >= certificates, f"{certificates} certificates")
+        return self.until(
+            lambda s: s.state in wanted and s.certificates >= certificates, f"{certificates} certificates"
+        )
 
     @property
     def address(self) -> str:
@@ -155,18 +160,17 @@ class Node:
         """Log entries of one kind."""
         return [entry for entry in self.log() if entry["event"] == event]
 
-    def last_words(self) -> str:
-        """The last line it wrote that is no log entry, such as the sentence that explains an exit code."""
-        lines = self.log_path.read_text(encoding="utf-8").splitlines()
-        return next((line for line in reversed(lines) if not line.startswith("{")), "")
+    def words(self) -> list[str]:
+        """What the present daemon wrote that is no log entry, such as the sentence that explains an exit code."""
+        text = self.log_path.read_bytes()[self.log_began :].decode()
+        return [line for line in text.splitlines() if not line.startswith("{")]
 
     def failed(self, code: int) -> str:
         """Wait for its end, which must have this exit code and one sentence for it: that sentence."""
-        assert self.wait() == code, self.last_words()
-        lines = [line for line in self.log_path.read_text().splitlines() if not line.startswith("{")]
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("braniac-node: ")
-        return lines[0]
+        assert self.wait() == code, self.words()
+        [sentence] = self.words()
+        assert sentence.startswith("braniac-node: ")
+        return sentence
 
 
 class Nodes:

@@ -129,7 +129,7 @@ def test_sigterm_hands_over_and_keeps_everything(nodes: Nodes) -> None:
     node = nodes.make("a").start()
     before = node.training()
     assert node.stop() == 0
-    assert node.last_words() == ""
+    assert node.words() == []
     store, saved, _ = load(node.state_dir)
     generation = store.recover()
     assert generation is not None
@@ -157,14 +157,14 @@ def test_a_second_sigterm_means_now(nodes: Nodes) -> None:
     node.signal(signal.SIGTERM)
     node.signal(signal.SIGTERM)  # one more by an impatient person
     assert node.wait() == 0
-    assert node.last_words() == ""
+    assert node.words() == []
 
 
 def test_sigterm_while_starting_is_a_clean_end(nodes: Nodes) -> None:
     node = nodes.make("a").start()
     until(lambda: node.log_path.read_bytes(), "the first line of the log")  # metrics are served, libp2p is not started
     assert node.stop() == 0
-    assert node.last_words() == ""
+    assert node.words() == []
 
 
 def test_leave_and_leave_now(nodes: Nodes) -> None:
@@ -181,4 +181,4 @@ def test_leave_and_leave_now(nodes: Nodes) -> None:
     assert node.wait() == 0
     assert time.monotonic() > asked
     assert len(node.logged("left")) == 1  # it did not hand over
-    assert node.last_words() == ""
+    assert node.words() == []
