@@ -230,7 +230,8 @@ class Engine:
 
             case wire.Introduction(peers):
                 for peer, addresses in peers:
-                    if peer != self.me and self.roster.get(peer) is None:
+                    member = self.roster.get(peer)
+                    if peer != self.me and (member is None or not member.live(self._slot)):
                         self._events.append(events.PeerMentioned(peer, addresses))
             case wire.Equivocation():
                 self._ban(message)
@@ -387,6 +388,10 @@ class Engine:
         for member in self.roster.lapsed(slot):
             self._events.append(events.PeerLeft(member.peer, said_goodbye=False))
         self._broadcast(self._heartbeat())
+        if live := self.roster.live(slot):
+            # Two peers that missed each other's greetings would disagree about committees for good: everybody tells
+            # somebody else in every slot whom it knows.
+            self._introduce_others(live[slot % len(live)].peer)
         self._settle(self._rounds.begin_slot(slot), None)
         self._settled = {s for s in self._settled if s > slot - self.history.horizon}
         self._asked = {digest: s for digest, s in self._asked.items() if s >= slot - 1}

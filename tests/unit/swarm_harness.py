@@ -255,6 +255,8 @@ class Peer:
                 self._apply(event)
             case events.FragmentLost():
                 self.swarm.later(self, self.swarm.download_s, lambda: self._restore(event))
+            case events.PeerMentioned(peer):
+                self.engine.introduce(peer)
             case events.SlotSettled(slot):
                 assert slot not in self.settled or self.incarnation, "a slot was settled twice"
                 self.settled[slot] = event

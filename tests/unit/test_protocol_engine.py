@@ -330,6 +330,25 @@ def test_a_partition_heals(slots: int, sizes: tuple[int, int]) -> None:
     assert len(certificate.verdict.shares) == size
 
 
+def test_peers_that_missed_each_other_are_introduced() -> None:
+    """Else their committees would differ for good, long after the network is well again."""
+    swarm = Swarm([0] * 4)
+    swarm.cut((1,), (3,))
+    swarm.peers[0].found()
+    for peer in swarm.peers[1:]:
+        peer.join()
+    swarm.run(20)
+    one, other = swarm.peers[1], swarm.peers[3]
+    assert one.engine.roster.get(other.id) is None
+    swarm.cuts.clear()
+    swarm.run(5)
+    assert one.engine.roster.get(other.id) is not None
+    assert other.engine.roster.get(one.id) is not None
+    first = swarm.slot
+    converge(swarm, WINDOW)
+    assert_flowing(swarm, first, swarm.slot - 1)
+
+
 def test_a_peer_that_hears_but_is_not_heard() -> None:
     swarm = Swarm.running([0] * 4)
     swarm.cuts = {(3, other) for other in range(3)}
@@ -436,6 +455,42 @@ def test_introductions_end() -> None:
     peer.engine.introduce(peer.id)
     peer.pump()
     assert max(sent) < swarm.slot - 16
+
+
+FAULTS: dict[str, Callable[[Swarm, Peer], object]] = {
+    "kill": lambda swarm, peer: peer.kill() if peer.alive and len(swarm.live) > 1 else None,
+    "restart": lambda swarm, peer: None if peer.alive else peer.restart(),
+    "pause": lambda swarm, peer: peer.pause() if peer.awake and len(swarm.live) > 1 else None,
+    "resume": lambda swarm, peer: peer.resume() if peer.alive and not peer.awake else None,
+    "lose": lambda swarm, peer: setattr(swarm, "loss", swarm.rng.choice([0.1, 0.3, 0.6])),
+    "duplicate": lambda swarm, peer: setattr(swarm, "duplication", 0.3),
+    "cut": lambda swarm, peer: swarm.cuts.add((peer.number, swarm.rng.choice(swarm.peers).number)),
+    "heal": lambda swarm, peer: swarm.cuts.clear(),
+    "slow down": lambda swarm, peer: setattr(swarm, "latency_s", (0.3, 1.5)),
+    "speed up": lambda swarm, peer: setattr(swarm, "latency_s", (0.01, 0.04)),
+    "join": lambda swarm, peer: swarm.add(peer.tier).join() if len(swarm.peers) < 5 else None,
+}
+
+
+@pytest.mark.parametrize("seed", [4, 17, 23])
+def test_everything_at_once(seed: int) -> None:
+    """A schedule of faults from a seed; when they stop, all agree, all books are right and certificates flow (I6)."""
+    swarm = Swarm.running([0, 0, 1], rings=(0, 1, 0), seed=seed)
+    for _ in range(10):
+        FAULTS[swarm.rng.choice(sorted(FAULTS))](swarm, swarm.rng.choice(swarm.peers))
+        swarm.run(swarm.rng.choice([0.15, 0.7, 1.3, 4]))
+    swarm.cuts.clear()
+    swarm.loss, swarm.duplication, swarm.latency_s = 0.0, 0.0, (0.01, 0.04)
+    for peer in swarm.peers:
+        FAULTS["resume" if peer.alive else "restart"](swarm, peer)
+    swarm.run(4 * WINDOW)
+    first = swarm.slot
+    swarm.run_until(swarm.manifest.slot_start(first + WINDOW) - 0.001)
+    assert all(peer.engine.ready for peer in swarm.peers)
+    swarm.check_agreement()
+    swarm.check_counters()
+    acknowledged_and_listed(swarm)
+    assert_flowing(swarm, first, swarm.slot - 1)
 
 
 # --- two certificates for one slot -----------------------------------------------------------------------------------
