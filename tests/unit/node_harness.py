@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from braniac.protocol.manifest import Manifest, MergeRules, sign_manifest
 
 CONFIG = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, context=8)
 FRAGMENTS = 5
+PATIENCE_S = 60.0
 EPOCH_S = 1_700_000_000.0
 SETTINGS = TrainSettings(batch=2, warmup_steps=0)
 TEXT = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 50, np.uint8)
@@ -74,3 +77,12 @@ def make_replica(store: Store, founder: Identity, thread: TrainerThread, tier: i
 def blob_files(root: Path) -> set[bytes]:
     """Digests of the blobs in a state directory."""
     return {bytes.fromhex(path.name) for path in (root / "blobs").glob("*/*")}
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let other tasks run until something is true. TimeoutError if it never is."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0)
