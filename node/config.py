@@ -31,7 +31,15 @@ def _digits_to_int(value: object) -> object:
 
 
 Tier = Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_digits_to_int)]
+
+
+def _whole(path: Path) -> Path:
+    """Absolute, because libp2p's daemon takes a socket's path apart at its first slash."""
+    return path.expanduser().absolute()
+
+
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+StatePath = Annotated[Path, AfterValidator(_whole)]
 
 
 class _Section(BaseModel):
@@ -107,7 +115,7 @@ class DataSection(_Section):
 class StateSection(_Section):
     """What survives a restart."""
 
-    dir: UserPath = Field(default_factory=default_state_dir)
+    dir: StatePath = Field(default_factory=default_state_dir)
     """Folder with the key and the checkpoints; one node at a time."""
     keep_generations: int = Field(default=3, ge=1, le=100)
     """Checkpoints to keep; one is made with every contribution."""

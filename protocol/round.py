@@ -1,7 +1,7 @@
 """One slot, seen from a committee seat: collect commitments, merge, propose, vote, certify.
 
-The owner (rank 0) pulls the payloads, merges what has arrived when all expected peers are in or half the slot is
-over, and proposes the result; the other seats check the proposal against what they heard themselves and sign at
+The owner (rank 0) pulls the payloads, merges what has arrived when all expected peers are in or the slot is over,
+and proposes the result; the other seats check the proposal against what they heard themselves and sign at
 most one verdict per slot. Two of three signatures make the certificate. An owner that dies leaves a slot without a
 certificate, which changes nothing for anybody: the work is offered again when the fragment is next due.
 """
