@@ -156,6 +156,7 @@ class Directory:
         self._identity = identity
         self._clock = clock
         self._expiration_s = 0.0
+        self._newer: set[float] = set()  # expirations of records under our own key that outlive the one we announced
 
     @classmethod
     async def create(cls, transport: Transport, run_id: bytes, identity: Identity, clock: Clock) -> Directory:
@@ -194,6 +195,14 @@ class Directory:
         )
         return bool(stored)
 
+    @property
+    def doubled(self) -> bool:
+        """Whether somebody else keeps announcing records under our key, so that two nodes share one identity.
+
+        Nobody can forge such a record. One alone may be left over from an earlier life whose clock was ahead.
+        """
+        return len(self._newer) >= 2
+
     async def find(self, timeout_s: float = 10.0) -> dict[PeerId, Record]:
         """The records of the others, as far as peers that answer in time hold them."""
         try:
@@ -205,7 +214,9 @@ class Directory:
             return {}
         # The validator has seen each of these, so nothing here is malformed.
         records = {PeerId(peer): Record.decode(PeerId(peer), item.value) for peer, item in found.value.items()}
-        records.pop(self._identity.peer_id, None)
+        if records.pop(self._identity.peer_id, None) is not None and self._expiration_s:
+            expiration_s = found.value[bytes(self._identity.peer_id)].expiration_time
+            self._newer |= {expiration_s} if expiration_s > self._expiration_s else set()
         return records
 
     async def _ping(self, peer: PeerId) -> bool:

@@ -19,7 +19,7 @@ from braniac.node import address_file
 from braniac.node.clock import Clock
 from braniac.node.config import NetworkSection
 from braniac.node.directory import Directory, Record
-from braniac.node.errors import ConfigError
+from braniac.node.errors import ConfigError, IdentityFileError
 from braniac.node.p2pd import P2pdOptions
 from braniac.node.transport import Handler, Transport, Unreachable, parse_address
 from braniac.node.transport_libp2p import LibP2PTransport
@@ -206,10 +206,15 @@ class Network:
         return peer
 
     async def keep_listed(self, tier: int, on_peer: Callable[[PeerId], None]) -> None:
-        """Announce this node in the run's directory and look for others, for ever."""
+        """Announce this node in the run's directory and look for others, for ever.
+
+        Raises IdentityFileError if another node does so with the same key.
+        """
         while True:
             try:
                 await self._look_around(tier, on_peer)
+            except IdentityFileError:
+                raise
             except Exception as error:  # hivemind raises what it likes; the next look may go well
                 log.warning("the directory failed, trying on", reason=repr(error))
             await self.sleep(_LOOK_S * random.uniform(0.7, 1.3))
@@ -217,13 +222,19 @@ class Network:
     async def _look_around(self, tier: int, on_peer: Callable[[PeerId], None]) -> None:
         directory = self._directory
         assert directory is not None, "open_directory() comes first"
-        record = Record(tuple(self.transport.addresses()), tier, limits.PROTOCOL_VERSION)
-        await directory.announce(record, _RECORD_TTL_S)
+        # Look first, then announce: of two nodes with one key, the one that peers do not listen to any more sees it.
         for peer, found in (await directory.find()).items():
             if peer not in self._known:
                 log.debug("found a peer in the directory", peer=short_name(peer))
             self.remember(peer, found.addresses)
             on_peer(peer)
+        if directory.doubled:
+            raise IdentityFileError(
+                f"another node announces itself with this node's identity {self._identity_path}: "
+                "stop the copy, or give it a --state-dir of its own"
+            )
+        record = Record(tuple(self.transport.addresses()), tier, limits.PROTOCOL_VERSION)
+        await directory.announce(record, _RECORD_TTL_S)
 
 
 def _belongs_to(peer: PeerId, address: str) -> bool:
