@@ -68,8 +68,13 @@ class Node:
 
     @property
     def log_path(self) -> Path:
-        """Everything its daemons wrote."""
+        """What its daemons wrote to stderr."""
         return self.state_dir.with_name(self.state_dir.name + ".log")
+
+    @property
+    def output_path(self) -> Path:
+        """What its daemons wrote to stdout."""
+        return self.state_dir.with_name(self.state_dir.name + ".out")
 
     def start(self, *more: object, peers: str | None = None, listen: str = "/ip4/127.0.0.1/tcp/0") -> Node:
         """Start a daemon; it is not waited for."""
@@ -78,14 +83,14 @@ class Node:
         for setting in (f"run.slot_s={SLOT_S}", "train.batch=1", "train.nice=19"):
             arguments += ["--set", setting]
         arguments += ["--peers", peers] if peers else []
-        with self.log_path.open("ab") as output:
-            self.log_began = output.tell()
+        with self.output_path.open("ab") as output, self.log_path.open("ab") as errors:
+            self.log_began = errors.tell()
             self.process = subprocess.Popen(
                 [*COMMAND, *map(str, [*arguments, *more])],
                 env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=output,
+                stderr=errors,
             )
         return self
 
@@ -161,7 +166,7 @@ class Node:
         return [entry for entry in self.log() if entry["event"] == event]
 
     def words(self) -> list[str]:
-        """What the present daemon wrote that is no log entry, such as the sentence that explains an exit code."""
+        """What the present daemon said beside its log: the sentence that explains an exit code, or a traceback."""
         text = self.log_path.read_bytes()[self.log_began :].decode()
         return [line for line in text.splitlines() if not line.startswith("{")]
 
