@@ -46,8 +46,8 @@ USER 10001:10001
 VOLUME /var/lib/braniac
 EXPOSE 4001/tcp
 STOPSIGNAL SIGTERM
-# Whether the daemon answers. It takes a second of processor time, hence the long pause between two checks.
-HEALTHCHECK --interval=60s --timeout=20s --start-period=120s --retries=3 \
+# Whether the daemon answers; asking takes 0.4 s of processor time.
+HEALTHCHECK --interval=30s --timeout=20s --start-period=120s --retries=3 \
     CMD ["braniac-node", "status", "--json"]
 ENTRYPOINT ["braniac-node"]
 CMD ["join"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from braniac.node.metrics import Metrics
 from braniac.node.settings_merge import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -126,11 +127,15 @@ def test_promtool_is_content(arguments: list[str]) -> None:
 
 
 def test_every_alert_is_about_a_series_that_nodes_have() -> None:
-    from braniac.node.metrics import Metrics
-
     rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text(encoding="utf-8"))
     exposed = set(re.findall(r"^(braniac_\w+)", Metrics("0", 1).exposition().decode(), re.MULTILINE))
     tests = (DEPLOY / "prometheus" / "rules_test.yml").read_text(encoding="utf-8")
     for rule in rules["groups"][0]["rules"]:
         assert set(re.findall(r"braniac_\w+", rule["expr"])) <= exposed
         assert f"alertname: {rule['alert']}\n" in tests
+
+
+def test_the_readme_lists_the_variables_with_their_defaults() -> None:
+    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", (DEPLOY / "compose.yaml").read_text(encoding="utf-8")))
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", readme, re.MULTILINE)) == used
