@@ -10,7 +10,7 @@ import resource
 import shutil
 import socket
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from tests.procs.helpers import Node, Nodes, command, nodes_below, until
 
 STRANGER = "12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
 LOCAL = P2pdOptions(listen=("/ip4/127.0.0.1/tcp/0",))
+
+pytestmark = pytest.mark.timeout(300)  # a busy machine needs longer than most tests may take
 
 
 @pytest.fixture
@@ -325,7 +327,7 @@ def sample(node: Node, name: str) -> float:
 
 def counts(node: Node) -> dict[str, float]:
     """How many messages were received, accepted, refused; of one look."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(page(node)):
         for each in family.samples:
             found[each.name] += each.value

@@ -16,6 +16,8 @@ from braniac.node.control_pb2 import StatusReply
 from braniac.node.offline import load
 from tests.procs.helpers import Node, Nodes, command, nodes_below, until
 
+pytestmark = pytest.mark.timeout(300)  # a busy machine needs longer than most tests may take
+
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
@@ -99,30 +101,25 @@ def test_a_dead_libp2p_daemon_is_replaced(live: Node) -> None:
 
 def test_killed_at_any_moment_it_goes_on_from_its_last_generation(nodes: Nodes) -> None:
     node = nodes.make("a").start()
-    before = node.training(certificates=2)
-    for _ in range(3):
-        # A moment within a slot that differs from round to round: just after it began, in its middle, near its end.
-        before = node.until(lambda s, seen=before: s.generation > seen.generation, "another generation")  # type: ignore[misc]
+    node.training(certificates=2)
+    for moment in ("generation", "certificates"):  # just after a checkpoint, and in the middle between two
+        before = node.training()
+        # The first generation to come may have been read before we asked; the second holds all that we saw.
+        kept = node.until(lambda s, seen=before: s.generation >= seen.generation + 2, "two generations")  # type: ignore[misc]
+        node.until(lambda s, at=moment, seen=kept: getattr(s, at) > getattr(seen, at), f"more {moment}")  # type: ignore[misc]
         node.kill()
         again = node.start().until(lambda s: s.state == "training", "training again")
-        assert again.run_id == before.run_id
-        assert again.peer_id == before.peer_id
-        assert again.steps >= before.steps - one_slots_steps(before)
-        assert again.slot >= before.slot
-        assert finals(again).items() >= {f: s for f, s in finals(before).items() if f not in finals(again)}.items()
-        assert all(finals(again)[fragment] >= slot for fragment, slot in finals(before).items())
-        before = node.until(lambda s, seen=again: s.certificates > seen.certificates, "new certificates")  # type: ignore[misc]
+        assert (again.run_id, again.peer_id) == (before.run_id, before.peer_id)
+        assert again.steps >= before.steps
+        assert again.slot >= kept.slot
+        assert all(last_slots(again)[fragment] >= slot for fragment, slot in last_slots(before).items())
+        node.training(certificates=again.certificates + 1)
     assert node.stop() == 0
 
 
-def finals(status: StatusReply) -> dict[int, int]:
+def last_slots(status: StatusReply) -> dict[int, int]:
     """The last slot merged into each fragment's anchor."""
     return {state.fragment: state.slot for state in status.digests}
-
-
-def one_slots_steps(status: StatusReply) -> float:
-    """More steps than can be made between two generations: three slots' worth of the mean speed so far."""
-    return 20 + 8 * status.slot_s * status.steps / status.uptime_s
 
 
 def test_sigterm_hands_over_and_keeps_everything(nodes: Nodes) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from braniac.node.control_pb2 import StatusReply
 from tests.procs.helpers import COMMAND, ENVIRONMENT, SLOT_S, Node, Nodes, command, nodes_below, until
+
+pytestmark = pytest.mark.timeout(300)  # a busy machine needs longer than most tests may take
 
 
 @pytest.fixture
@@ -30,6 +34,14 @@ def test_a_node_joins_and_both_decide_together(nodes: Nodes) -> None:
     [peer] = json.loads(listed.stdout)["peers"]
     assert (peer["peer_id"], peer["tier"], peer["state"]) == (joined.peer_id, 3, "live")
     until(lambda: agree(founder, joiner), "the same bytes of every fragment at both")
+    # While its disk is full the joiner can move no anchor; with space again it applies what it could not, in order.
+    psutil.Process(joiner.pid).rlimit(psutil.RLIMIT_FSIZE, (48 * 1024, resource.RLIM_INFINITY))
+    full = joiner.until(lambda s: "free some space" in s.state_reason, "a full disk to be told")
+    joiner.until(lambda s: s.slot > full.slot + s.fragments, "a whole window")
+    psutil.Process(joiner.pid).rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    joiner.until(lambda s: s.certificates > full.certificates + 1, "certificates again")
+    until(lambda: agree(founder, joiner), "agreement after the disk was full")
+    assert joiner.logged("downloading a fragment again") == []
     # The founder goes; who is left trains on alone, and takes it in again when it returns.
     address = founder.address
     founder.kill()
