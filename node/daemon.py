@@ -129,7 +129,7 @@ class Daemon:
                     self._spawn(self._work())
                     self._spawn(self._hand_over())
             except* _Left:
-                pass
+                await self._say_goodbye()
 
     def _open_for_business(self) -> None:
         """Let peers in, and begin to train if all anchors are here."""
@@ -168,7 +168,7 @@ class Daemon:
         self.status.training_began()
 
     async def _hand_over(self) -> None:
-        """When told to leave: finish the slots in hand, serve what only this node has, say goodbye, save."""
+        """When told to leave: finish the slots in hand, serve what only this node has, save."""
         await self._leaving.wait()
         engine = self._engine
         log.info("leaving: finishing the slot in hand")
@@ -180,14 +180,17 @@ class Daemon:
             async with asyncio.timeout(3 * engine.manifest.slot_s):
                 await self._at_rest.wait()
         await self._ordered.join()
-        engine.goodbye()
-        async with asyncio.TaskGroup() as farewell:
-            for peer, data in engine.messages_to_send():
-                farewell.create_task(self.node.exchange.send(self.node.network.transport, peer, data))
         with contextlib.suppress(DiskFull):
             await self._commit()
-        log.info("left", generation=self._replica.generation)
         raise _Left
+
+    async def _say_goodbye(self) -> None:
+        """The last words, when nothing else is said any more: a heartbeat after them would bring this node back."""
+        self._engine.goodbye()
+        async with asyncio.TaskGroup() as farewell:
+            for peer, data in self._engine.messages_to_send():
+                farewell.create_task(self.node.exchange.send(self.node.network.transport, peer, data))
+        log.info("left", generation=self._replica.generation)
 
     # --- the engine's time, messages and events ----------------------------------------------------------------------
 

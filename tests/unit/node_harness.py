@@ -14,15 +14,17 @@ from braniac.model.data import Batches
 from braniac.model.fragments import fragment_table, layout_digest
 from braniac.model.sources import Corpus
 from braniac.model.trainer import Trainer, TrainSettings
-from braniac.node import bridge
-from braniac.node.checkpoint import Totals
+from braniac.node import bridge, identity_file
+from braniac.node.checkpoint import Saved, Totals, to_content
 from braniac.node.clock import FakeClock
 from braniac.node.replica import Replica
 from braniac.node.store import Store
 from braniac.node.trainer_thread import TrainerThread
 from braniac.protocol.codec import CodecRules
+from braniac.protocol.history import History
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest, MergeRules, sign_manifest
+from braniac.protocol.wire import FragmentState
 
 CONFIG = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, context=8)
 FRAGMENTS = 5
@@ -74,15 +76,46 @@ def make_replica(store: Store, founder: Identity, thread: TrainerThread, tier: i
     return Replica(store, manifest, sign_manifest(manifest, founder), tier, model, thread, Totals())
 
 
+def write_run(root: Path, slot_ms: int, *, epoch_s: float, config: ModelConfig = CONFIG) -> Manifest:
+    """Make `root` the state directory of a founder whose run has not begun, so that a daemon takes up a small model."""
+    store = Store.open(root)
+    founder = identity_file.load_or_create(root / "identity.key")
+    manifest = make_manifest(founder, epoch_s=epoch_s, slot_ms=slot_ms, config=config)
+    history = History(manifest)
+    history.begin(manifest.held(0))
+    anchors = {}
+    for index, fragment in enumerate(fragment_table(config, FRAGMENTS)):
+        anchor = bridge.initial_anchor(config, fragment, manifest.seed)
+        anchors[index] = FragmentState(index, -1, store.put(bridge.anchor_bytes(anchor)))
+    saved = Saved(
+        manifest,
+        sign_manifest(manifest, founder),
+        tier=0,
+        incarnation=1,
+        clock_offset_s=0.0,
+        swarm_time_s=epoch_s,
+        anchors=anchors,
+        history=history,
+        weights=None,
+        optimizer=None,
+        step=0,
+        totals=Totals(),
+        peers={},
+    )
+    store.commit(to_content(saved, history.to_json()), {state.digest for state in anchors.values()})
+    store.close()
+    return manifest
+
+
 def blob_files(root: Path) -> set[bytes]:
     """Digests of the blobs in a state directory."""
     return {bytes.fromhex(path.name) for path in (root / "blobs").glob("*/*")}
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Let other tasks run until something is true. TimeoutError if it never is."""
+async def until(condition: Callable[[], object], look_s: float = 0.0) -> None:
+    """Let other tasks run until something is true, looking every `look_s`. TimeoutError if it never is."""
     async with asyncio.timeout(PATIENCE_S):
         while True:
             if condition():
                 return
-            await asyncio.sleep(0)
+            await asyncio.sleep(look_s)

@@ -1,0 +1,243 @@
+"""Whole daemons, several in one event loop, over the in-memory network: join, train, certify, agree, leave.
+
+Slots are real time, short ones; nothing here depends on how long anything takes, only on what happens in the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from braniac.node import identity_file, offline
+from braniac.node.clock import SystemClock
+from braniac.node.config import DataSection, MetricsSection, NetworkSection, NodeConfig, StateSection, TrainSection
+from braniac.node.daemon import Daemon
+from braniac.node.errors import Incompatible
+from braniac.node.p2pd import P2pdOptions
+from braniac.node.store import Store
+from braniac.node.transport_memory import MemoryNetwork, MemoryTransport
+from braniac.protocol.manifest import Manifest
+from tests.unit.node_harness import PATIENCE_S, TEXT, until, write_run
+
+SLOT_MS = 600
+LOOK_S = 0.01
+
+
+class Swarm:
+    """Daemons of one run. The first founds it; the others are told where the first is."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.memory = MemoryNetwork()
+        self.manifest: Manifest = write_run(root / "n0", SLOT_MS, epoch_s=time.time())
+        self.daemons: list[Daemon] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        (root / "text.txt").write_bytes(TEXT.tobytes())
+
+    async def _start_transport(self, path: Path, options: P2pdOptions) -> MemoryTransport:
+        return self.memory.join(identity_file.load(path).peer_id)
+
+    def config(self, name: str, tier: int, peers: tuple[str, ...]) -> NodeConfig:
+        return NodeConfig(
+            network=NetworkSection(peers=peers, call_timeout_s=5.0),
+            train=TrainSection.model_validate({"tier": tier, "batch": 2, "nice": 19}),
+            data=DataSection(paths=(self.root / "text.txt",)),
+            state=StateSection(dir=self.root / name),
+            metrics=MetricsSection(enabled=False),
+        )
+
+    @property
+    def door(self) -> str:
+        """Where the first daemon is."""
+        return self.daemons[0].node.network.transport.addresses()[0]
+
+    def start(self, name: str, tier: int, peers: tuple[str, ...] = ()) -> Daemon:
+        daemon = Daemon(self.config(name, tier, peers), SystemClock(), self._start_transport)
+        self.daemons.append(daemon)
+        self.tasks.append(asyncio.ensure_future(daemon.run()))
+        return daemon
+
+    async def found(self) -> Daemon:
+        daemon = self.start("n0", 0)
+        await self.until(lambda: daemon.node.metrics.state == "training")
+        return daemon
+
+    async def join(self, name: str, tier: int) -> Daemon:
+        daemon = self.start(name, tier, (self.door,))
+        await self.until(lambda: daemon.node.metrics.state == "training")
+        return daemon
+
+    async def until(self, condition: object) -> None:
+        """Wait for something; the end of a daemon ends the wait."""
+        assert callable(condition)
+        await until(lambda: condition() or any(task.done() for task in self.tasks), LOOK_S)
+        for task in self.tasks:
+            if task.done():
+                await task
+        assert condition()
+
+    async def ended(self, daemon: Daemon) -> None:
+        """Wait for a daemon's end, and raise what ended it."""
+        task = self.tasks.pop(self.daemons.index(daemon))
+        self.daemons.remove(daemon)
+        async with asyncio.timeout(PATIENCE_S):
+            await task
+
+
+@pytest.fixture
+async def swarm(tmp_path: Path) -> AsyncIterator[Swarm]:
+    swarm = Swarm(tmp_path)
+    yield swarm
+    for daemon, task in zip(swarm.daemons, swarm.tasks, strict=True):
+        if not task.done():
+            daemon.leave(now=True)
+    await asyncio.gather(*swarm.tasks, return_exceptions=True)
+
+
+def contributors(daemon: Daemon) -> set[int]:
+    """How many contributions the certificates held that this daemon saw."""
+    return {record.contributors for record in daemon.status.status(0).slots if record.certificate}
+
+
+def certified(daemon: Daemon) -> dict[int, bytes]:
+    """slot -> certificate."""
+    return {record.slot: record.certificate for record in daemon.status.status(0).slots if record.certificate}
+
+
+def agree(first: Daemon, second: Daemon) -> bool:
+    """Whether both show the same last slot and bytes of every fragment that both hold, each merged at least once."""
+    ours = {s.fragment: (s.slot, s.digest) for s in first.status.engine.anchors().values()}  # type: ignore[union-attr]
+    theirs = {s.fragment: (s.slot, s.digest) for s in second.status.engine.anchors().values()}  # type: ignore[union-attr]
+    common = ours.keys() & theirs.keys()
+    return bool(common) and all(ours[f] == theirs[f] and ours[f][0] >= 0 for f in common)
+
+
+async def test_two(swarm: Swarm) -> None:
+    founder = await swarm.found()
+    joiner = await swarm.join("n1", 0)
+    await swarm.until(lambda: 2 in contributors(founder) and 2 in contributors(joiner))
+    await swarm.until(lambda: agree(founder, joiner))
+    common = certified(founder).keys() & certified(joiner).keys()
+    assert common
+    assert all(certified(founder)[slot] == certified(joiner)[slot] for slot in common)
+    status = joiner.status.status(0)
+    assert status.run_id == swarm.manifest.run_id.hex()
+    assert status.contributions_merged > 0
+    assert status.join_bytes_needed == 4 * swarm.manifest.parameters(0)
+    assert status.join_bytes_received >= status.join_bytes_needed
+    assert [peer.state for peer in joiner.status.peers().peers] == ["live"]
+
+    joiner.leave()
+    await swarm.ended(joiner)
+    assert joiner.node.metrics.state == "leaving"
+    generation = Store.look(swarm.root / "n1").recover()
+    assert generation is not None
+    assert len(generation.content["anchors"]) == swarm.manifest.window  # type: ignore[arg-type]
+    [peer] = founder.status.peers().peers
+    assert peer.state == "silent"  # it said goodbye
+
+    again = await swarm.join("n1", 0)  # and it is welcome back, with what it had
+    assert again.status.bar is None
+    assert again.status.engine is not None
+    founder.leave()
+    await swarm.ended(founder)
+    assert not founder._in_flight
+
+
+async def test_late(swarm: Swarm) -> None:
+    founder = await swarm.found()
+    await swarm.until(lambda: len(certified(founder)) >= swarm.manifest.window)
+    small = await swarm.join("n1", 3)
+    status = small.status.status(0)
+    held = swarm.manifest.held(3)
+    assert status.join_bytes_needed == 4 * swarm.manifest.parameters(3)
+    assert status.join_bytes_received < 4 * swarm.manifest.parameters(0)
+    assert {state.fragment for state in status.digests} == set(held)
+    assert len(held) < swarm.manifest.window
+    assert founder.node.exchange.sent["anchor"] >= status.join_bytes_needed
+    await swarm.until(lambda: 2 in contributors(small))
+    await swarm.until(lambda: agree(founder, small))
+    assert set(small._replica.anchors) == set(held)
+    for daemon in (small, founder):
+        daemon.leave()
+        await swarm.ended(daemon)
+    report = offline.evaluate(swarm.root / "n1", data=(swarm.root / "text.txt",), tiers=None)
+    assert set(report["agreed"]) == {"3"}
+
+
+async def test_leave_while_joining(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    founder = await swarm.found()
+    founder.node.exchange.is_anchor = lambda digest: pytest.fail("nothing is served")  # every chunk fails
+    joiner = swarm.start("n1", 0, (swarm.door,))
+    await swarm.until(lambda: joiner.status.engine is not None)
+    assert joiner.node.metrics.state == "joining"
+    joiner.leave()
+    await swarm.ended(joiner)
+    founder.node.exchange.is_anchor = founder._replica.is_anchor
+    assert joiner.status.engine is not None
+    assert not joiner.status.engine.ready
+    again = await swarm.join("n1", 0)
+    assert again.status.engine is not None
+
+
+async def test_leave_before_a_run_is_found(swarm: Swarm) -> None:
+    founder = await swarm.found()
+    address = swarm.door
+    founder.leave(now=True)
+    await swarm.ended(founder)
+    lost = swarm.start("n1", 0, (address,))
+    await swarm.until(lambda: lost.node.network.failures)
+    assert lost.node.metrics.state == "joining"
+    lost.leave()
+    await swarm.ended(lost)
+    Store.open(swarm.root / "n1").close()  # nothing holds it any more
+
+
+async def test_leave_twice_is_now(swarm: Swarm) -> None:
+    founder = await swarm.found()
+    founder._at_rest.clear()
+    founder._engine.retire()
+    generation = founder._replica.generation
+    founder.leave()
+    founder.leave()
+    founder.leave()  # impatience does no harm
+    await swarm.ended(founder)
+    assert founder._replica.generation <= generation + 1
+    Store.open(swarm.root / "n0").close()
+
+
+async def test_a_node_of_another_run_is_sent_away(swarm: Swarm) -> None:
+    await swarm.found()
+    write_run(swarm.root / "n1", SLOT_MS, epoch_s=time.time())
+    stranger = swarm.start("n1", 0, (swarm.door,))
+    with pytest.raises(ExceptionGroup) as caught:
+        await swarm.ended(stranger)
+    assert caught.group_contains(Incompatible, match="use another --state-dir")
+
+
+async def test_a_founder_that_is_killed_at_once_finds_its_run_again(tmp_path: Path) -> None:
+    memory = MemoryNetwork()
+    (tmp_path / "text.txt").write_bytes(TEXT.tobytes() * 20)
+
+    async def start_transport(path: Path, options: P2pdOptions) -> MemoryTransport:
+        return memory.join(identity_file.load(path).peer_id)
+
+    config = NodeConfig(
+        data=DataSection(paths=(tmp_path / "text.txt",)),
+        train=TrainSection.model_validate({"tier": 3, "batch": 1, "nice": 19}),
+        state=StateSection(dir=tmp_path / "n0"),
+        metrics=MetricsSection(enabled=False),
+    )
+    runs = []
+    for _ in range(2):
+        daemon = Daemon(config, SystemClock(), start_transport)
+        task = asyncio.ensure_future(daemon.run())
+        await until(lambda task=task, daemon=daemon: task.done() or daemon.status.engine is not None, LOOK_S)
+        runs.append(daemon.status.status(0).run_id)
+        daemon.leave(now=True)
+        await task
+    assert runs[0] == runs[1] != ""
