@@ -8,145 +8,28 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from braniac.model.fragments import fragment_table
 from braniac.node import bridge
-from braniac.node.checkpoint import Saved, from_generation, load_tensors
-from braniac.node.replica import Prepared, Replica, clipped
-from braniac.node.store import Store
-from braniac.node.trainer_thread import TrainerThread
-from braniac.protocol import codec, events, ledger, limits, wire
-from braniac.protocol.codec import Int64Array
-from braniac.protocol.engine import Engine
+from braniac.node.replica import Prepared, clipped
+from braniac.protocol import codec, events, limits, statements
 from braniac.protocol.errors import WireError
 from braniac.protocol.events import UpdateDue
-from braniac.protocol.history import History
 from braniac.protocol.merge import Contribution, merge
-from braniac.protocol.wire import Certificate, FragmentState, Share
+from braniac.protocol.messages import Certificate, FragmentState, Share
 from tests.unit.node_harness import (
-    CONFIG,
-    EPOCH_S,
     FRAGMENTS,
     blob_files,
     identity,
-    make_manifest,
-    make_replica,
-    make_thread,
-    make_trainer,
 )
+from tests.unit.solo_node import MANIFEST, ME, TABLE, Node
 
-ME, OTHER = identity(0), identity(1)
-MANIFEST = make_manifest(ME)
-TABLE = fragment_table(CONFIG, FRAGMENTS)
-
-
-class Node:
-    """One life of a node that is alone in its run: what the daemon does, one call at a time."""
-
-    def __init__(self, root: Path, incarnation: int = 1) -> None:
-        self.store = Store.open(root, keep=2)
-        generation = self.store.recover()
-        self.saved: Saved | None = from_generation(generation) if generation else None
-        trainer = make_trainer()
-        history = History(MANIFEST)
-        if self.saved is not None:
-            assert self.saved.weights is not None
-            assert self.saved.optimizer is not None
-            tensors = load_tensors(self.store, self.saved.weights, self.saved.optimizer)
-            trainer.load_state(tensors, {"step": self.saved.step})
-            history = self.saved.history
-        self.incarnation = incarnation
-        self.thread: TrainerThread = make_thread(trainer)
-        self.replica: Replica = make_replica(self.store, ME, self.thread)
-        if self.saved is None:
-            history.begin(MANIFEST.held(0))
-            self.replica.begin()
-        else:
-            self.replica.anchors = dict(self.saved.anchors)
-            self.replica.totals = self.saved.totals
-        self.now = EPOCH_S + 0.1 if self.saved is None else self.saved.swarm_time_s
-        self.engine = Engine(MANIFEST, ME, 0, incarnation=incarnation, now=self.now, history=history)
-        for state in self.replica.anchors.values():
-            self.engine.anchor_known(state)
-        self.thread.start()
-        self.engine.set_ready()
-
-    def close(self) -> None:
-        self.thread.stop()
-        self.store.close()
-
-    async def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            await self.thread.call(lambda trainer: trainer.step())
-
-    async def weights(self, fragment: int) -> torch.Tensor:
-        return await self.thread.call(lambda trainer: trainer.read(TABLE[fragment]))
-
-    async def own_work(self, fragment: int) -> Int64Array:
-        """x - anchor in units."""
-        weights = await self.weights(fragment)
-        return ledger.residual(bridge.to_fixed_point(weights), self.replica.anchor(fragment))
-
-    def next_slot(self) -> list[events.Event]:
-        """Let a slot begin: what the engine then asks for."""
-        self.now = MANIFEST.slot_start(self.engine.slot + 1) + 0.01
-        self.engine.handle_timer(self.now)
-        return self.drain()
-
-    def drain(self) -> list[events.Event]:
-        found = []
-        while (event := self.engine.next_event()) is not None:
-            found.append(event)
-        return found
-
-    async def commit(self, offer: tuple[int, Prepared] | None = None) -> None:
-        await self.replica.commit(self.engine, self.incarnation, (0.0, self.now), {}, offer)
-
-    async def slot(self, reached: Callable[[str], None] = lambda point: None) -> list[events.Event]:
-        """One whole slot; `reached` is told the name of every point at which the node might be killed."""
-        seen = self.next_slot()
-        for event in seen:
-            if isinstance(event, events.FragmentDue):
-                await self.step()
-                prepared = await self.replica.compress(event.fragment)
-                self.replica.pin(prepared.digest, event.slot)
-                reached("compressed")
-                await self.commit((event.slot, prepared))
-                reached("committed")
-                self.engine.offer(event.slot, prepared.digest, prepared.size, prepared.tokens)
-                self.engine.blob_fetched(prepared.digest, True, self.now)
-                reached("offered")
-        seen += await self._certify(reached)
-        return seen
-
-    async def _certify(self, reached: Callable[[str], None]) -> list[events.Event]:
-        seen = []
-        while pending := self.drain():
-            seen += pending
-            for event in pending:
-                match event:
-                    case events.MergeDue():
-                        given = [Contribution(p, t, self.store.get(d)) for p, t, d in event.contributions]
-                        merged = merge(MANIFEST, event.fragment, given)
-                        assert merged is not None
-                        self.replica.pin(merged.digest, event.slot)
-                        self.store.put(merged.update)
-                        self.engine.merged(event.slot, merged)
-                        reached("merged")
-                    case events.BlobWanted():
-                        self.engine.blob_fetched(event.digest, self.store.has(event.digest), self.now)
-                    case events.UpdateDue():
-                        state = await self.replica.apply(event)
-                        reached("applied")
-                        self.engine.anchor_moved(event, state)
-                        reached("confirmed")
-        return seen
+OTHER = identity(1)
 
 
 def update_of(
@@ -166,12 +49,12 @@ def update_of(
     for contribution in sorted(given, key=lambda c: c.peer):
         digest, size = hashlib.sha256(contribution.payload).digest(), len(contribution.payload)
         signer = signers[contribution.peer]
-        commitment = wire.make_commitment(signer, MANIFEST.run_id, slot, fragment, digest, size, 1)
+        commitment = statements.make_commitment(signer, MANIFEST.run_id, slot, fragment, digest, size, 1)
         shares.append(Share(commitment, clip))
-    verdict = wire.make_verdict(
+    verdict = statements.make_verdict(
         MANIFEST.run_id, slot, fragment, (OTHER.peer_id,), shares, merged.digest, len(merged.update)
     )
-    signature = wire.sign_verdict(OTHER, verdict.digest)
+    signature = statements.sign_verdict(OTHER, verdict.digest)
     return UpdateDue(Certificate(verdict, ((OTHER.peer_id, signature),)), own[0] if own else None)
 
 
@@ -322,7 +205,7 @@ async def test_after_a_crash_everything_belongs_to_one_moment(tmp_path: Path, po
         weights = {f: await node.weights(f) for f in range(FRAGMENTS)}
         state = node.engine.state()
         confirmed = {
-            wire.open_certificate(bytes.fromhex(e["certificate"]), MANIFEST.run_id).verdict.slot
+            statements.open_certificate(bytes.fromhex(e["certificate"]), MANIFEST.run_id).verdict.slot
             for e in state["entries"]
         }
         committed.append((weights, dict(node.replica.anchors), confirmed, dict(node.engine.history.offers)))

@@ -1,0 +1,138 @@
+"""The swarm's figures, computed from answers that were made up to know the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from braniac.node import swarm_report as report
+from braniac.node.config import SwarmOptions
+from braniac.node.control_pb2 import SlotRecord, StatusReply
+from braniac.node.swarm_report import Observations
+
+OPTIONS = SwarmOptions(
+    nodes=2, tiers=(0, 3), seconds=10, kill=1, seed=0, preset="tiny", slot_s=1.0, sets=(), keep_dir=Path(), json=True
+)
+GOOD = {"start": {"0": 5.5}, "end": {"0": 2.0}, "own": {"0": 1.9}}
+AGREED = {0: {"agree": True, "slot": 9, "holders": 2}}
+
+
+def record(slot: int, at_s: float, *, certificate: bytes = b"c", **fields: Any) -> SlotRecord:
+    return SlotRecord(slot=slot, at_s=at_s, certificate=certificate, **fields)
+
+
+def reply(*records: SlotRecord, digests: dict[int, tuple[int, bytes]] | None = None, **fields: Any) -> StatusReply:
+    values = {"peer_id": "p", "state": "training", "parameters": 1000, "fragments": 4, "steps": 1, **fields}
+    status = StatusReply(slots=records, **values)
+    for fragment, (slot, digest) in (digests or {}).items():
+        status.digests.add(fragment=fragment, slot=slot, digest=digest)
+    return status
+
+
+def observed(*replies: StatusReply) -> Observations:
+    observations = Observations()
+    for second, one in enumerate(replies):
+        observations.note(float(second), one)
+    return observations
+
+
+def build(*observations: Observations, codes: tuple[int, ...] = (0, 0), agreed: Any = None) -> dict[str, Any]:
+    numbered = dict(enumerate(observations))
+    return report.build(OPTIONS, numbered, [{"node": 1}], AGREED if agreed is None else agreed, GOOD, codes, 0.0)
+
+
+def steady(**fields: Any) -> Observations:
+    """A node that saw a certificate every second and did a step per look."""
+    records = [record(slot, 100.0 + slot, payload_bytes=50, bytes_sent=1000) for slot in range(8)]
+    return observed(reply(*records[:4], steps=1, **fields), reply(*records[4:], steps=2, **fields))
+
+
+def test_a_healthy_swarm_passes_every_check() -> None:
+    result = build(steady(), steady())
+    assert result["ok"], result["checks"]
+    assert (result["certificates"], result["slots"], result["certificate_gap_s_max"]) == (8, 8, 1.0)
+    assert result["uplink_peak_to_mean"] == 1.0
+    assert result["bits_per_param_per_window"] == 8 * 8 * 50 / 1000 / 2
+    assert result["kills"] == 1
+
+
+@pytest.mark.parametrize(
+    ("check", "change"),
+    [
+        ("digests_agree", {"agreed": {0: {"agree": False, "slot": 9, "holders": 2}}}),
+        ("digests_agree", {"agreed": {}}),
+        ("all_left_cleanly", {"codes": (0, 7)}),
+    ],
+)
+def test_a_check_can_fail(check: str, change: dict[str, Any]) -> None:
+    result = build(steady(), steady(), **change)
+    assert not result["ok"]
+    assert [name for name, good in result["checks"].items() if not good] == [check]
+
+
+def test_slow_loops_greedy_joins_and_gaps_are_found() -> None:
+    lagging = steady(loop_lag_p99_s=0.06, uptime_s=30)
+    assert not build(lagging)["checks"]["loop_lag_p99_below_50_ms"]
+    assert build(steady(loop_lag_p99_s=0.06, uptime_s=5))["checks"]["loop_lag_p99_below_50_ms"]  # while it imports
+    greedy = steady(join_bytes_received=120, join_bytes_needed=100)
+    assert build(greedy)["join_bytes_ratio_max"] == 1.2
+    assert not build(greedy)["checks"]["joined_within_110_percent"]
+    gap = observed(reply(record(0, 100.0), record(1, 112.0)))
+    assert not build(gap)["checks"]["certificate_gap_at_most_10_slots"]
+    assert build(observed(reply()))["certificate_gap_s_max"] == float("inf")
+
+
+def test_a_certificate_counts_when_the_first_node_has_it() -> None:
+    early, late = observed(reply(record(1, 10.0), record(3, 14.0))), observed(reply(record(1, 13.0), record(3, 13.5)))
+    gap, count, slots = report.certificate_gap([early, late])
+    assert (gap, count, slots) == (3.5, 2, 3)
+    nothing = observed(reply(record(5, 20.0, certificate=b"")))
+    assert report.certificate_gap([nothing]) == (float("inf"), 0, 0)
+
+
+def test_stalls_are_measured_from_the_last_step_and_not_over_a_kill() -> None:
+    observations = Observations()
+    for at, steps in ((0.0, 5), (1.0, 6), (4.0, 6), (5.0, 7)):
+        observations.note(at, reply(steps=steps))
+    assert observations.stall_s_max(0.0) == 3.0
+    assert observations.stall_s_max(2.0) == 0.0
+    observations.restarted()
+    for at, steps in ((50.0, 2), (50.5, 3)):  # back to the last generation
+        observations.note(at, reply(steps=steps))
+    assert observations.stall_s_max(0.0) == 3.0
+    assert observations.lives == 2
+
+
+def test_a_look_compares_what_all_hold_now() -> None:
+    a, b = reply(digests={0: (4, b"x"), 1: (5, b"y")}), reply(digests={0: (4, b"x")})
+    assert report.compare([a, b]) == {
+        0: {"agree": True, "slot": 4, "holders": 2},
+        1: {"agree": True, "slot": 5, "holders": 1},
+    }
+    c = reply(digests={0: (4, b"z"), 1: (6, b"y")})
+    assert [look["agree"] for look in report.compare([a, b, c]).values()] == [False, False]
+
+
+def test_two_states_of_one_slot_are_a_disagreement_even_if_it_healed() -> None:
+    first = observed(reply(record(0, 1.0), digests={0: (4, b"x")}))
+    second = observed(reply(record(0, 1.0), digests={0: (4, b"z")}), reply(digests={0: (4, b"x")}))
+    assert build(first, second)["disagreements"] == 1
+    assert build(first, first)["disagreements"] == 0
+
+
+def test_counts_of_all_nodes_are_added() -> None:
+    result = build(
+        steady(forfeited={"too_old": 2}, tokens=10), steady(forfeited={"too_old": 1, "clipped": 4}, tokens=5)
+    )
+    assert result["forfeited"] == {"clipped": 4, "too_old": 3}
+    assert result["tokens"] == 15
+
+
+def test_only_recent_slots_are_asked_for_again() -> None:
+    observations = observed(reply(*(record(slot, float(slot)) for slot in range(20))))
+    assert observations.next_slot == 11
+    observations.note(1.0, reply(record(12, 12.0, contributors=3)))  # it settled anew
+    assert observations.slots[12].contributors == 3
+    assert observations.next_slot == 11
