@@ -26,7 +26,7 @@ from braniac.protocol.errors import ProtocolError
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId, peer_id_from_text, peer_id_text
 from braniac.protocol.manifest import Manifest
-from braniac.protocol.wire import FragmentState
+from braniac.protocol.messages import FragmentState
 
 
 @dataclass(frozen=True)

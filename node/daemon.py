@@ -36,7 +36,7 @@ from braniac.protocol.engine import Engine
 from braniac.protocol.errors import WireError
 from braniac.protocol.identity import PeerId, short_name
 from braniac.protocol.merge import Contribution, Merged, merge
-from braniac.protocol.wire import FragmentState
+from braniac.protocol.messages import FragmentState
 
 log = structlog.get_logger(__name__)
 

@@ -28,7 +28,7 @@ from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.events import UpdateDue
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
-from braniac.protocol.wire import FragmentState
+from braniac.protocol.messages import FragmentState
 
 log = structlog.get_logger(__name__)
 

@@ -15,8 +15,8 @@ from braniac.protocol.events import FragmentLost, FragmentUnheld
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
+from braniac.protocol.messages import FragmentState
 from braniac.protocol.roster import Member
-from braniac.protocol.wire import FragmentState
 
 _STRIKES = 2
 _UNHELD_SLOTS = 4

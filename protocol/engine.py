@@ -19,16 +19,16 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
-from braniac.protocol import events, limits, wire
+from braniac.protocol import events, limits, messages, wire
 from braniac.protocol.agreement import Agreement
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
+from braniac.protocol.messages import Certificate, FragmentState, Heartbeat, Message
 from braniac.protocol.roster import Member, Roster
 from braniac.protocol.rounds import Rounds
-from braniac.protocol.wire import Certificate, FragmentState, Heartbeat, Message
 
 
 class Engine:
@@ -185,7 +185,7 @@ class Engine:
 
     def goodbye(self) -> None:
         """Tell everybody that this peer leaves."""
-        self._broadcast(wire.Goodbye(max(0, self._slot)))
+        self._broadcast(messages.Goodbye(max(0, self._slot)))
 
     def state(self, offered: tuple[int, bytes] | None = None) -> dict[str, Any]:
         """What a generation must keep, with an offer that is about to be made."""
@@ -196,7 +196,7 @@ class Engine:
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, opened: wire.Opened) -> None:
+    def _dispatch(self, opened: messages.Opened) -> None:
         sender, message = opened.sender, opened.message
         if sender == self.me:
             raise WireError(Refusal.REPLAYED, "this peer's own message came back, or another peer has its identity")
@@ -205,35 +205,35 @@ class Engine:
         if self.roster.get(sender) is None:
             raise WireError(Refusal.UNKNOWN_PEER, "no heartbeat of the sender was heard yet")
         match message:
-            case wire.Offer(commitment):
+            case messages.Offer(commitment):
                 if commitment.peer != sender:
                     raise WireError(Refusal.BAD_SIGNATURE, "a commitment of somebody else")
                 self._check_honest([commitment])
                 self._rounds.note_commitment(commitment)
-            case wire.Proposal(verdict):
+            case messages.Proposal(verdict):
                 self._check_honest([share.commitment for share in verdict.shares])
                 self._rounds.check_proposal(sender, verdict)
-            case wire.Vote():
+            case messages.Vote():
                 if (certificate := self._rounds.count_vote(sender, message)) is not None:
                     self._publish(certificate)
             case Certificate():
                 self._check_certificate(message)
                 self._take_certificate(message)
-            case wire.CertificateRequest(names):
+            case messages.CertificateRequest(names):
                 for name in names[: limits.REQUEST_NAMES_MAX]:
                     entry = self.history.entry(name.slot)
                     if entry is not None and entry.certificate.name == name:
                         self._send(sender, entry.certificate)
-            case wire.Goodbye():
+            case messages.Goodbye():
                 if self.roster.leave(sender, opened.sequence):
                     self._events.append(events.PeerLeft(sender, said_goodbye=True))
 
-            case wire.Introduction(peers):
+            case messages.Introduction(peers):
                 for peer, addresses in peers:
                     member = self.roster.get(peer)
                     if peer != self.me and (member is None or not member.live(self._slot)):
                         self._events.append(events.PeerMentioned(peer, addresses))
-            case wire.Equivocation():
+            case messages.Equivocation():
                 self._ban(message)
 
     def _on_heartbeat(self, sender: PeerId, heartbeat: Heartbeat, sequence: int) -> None:
@@ -268,16 +268,16 @@ class Engine:
         others.sort(key=lambda m: (-m.heard_slot, m.peer))
         if others:
             named = tuple((m.peer, m.addresses) for m in others[: limits.INTRODUCED_MAX])
-            self._send(newcomer, wire.Introduction(named))
+            self._send(newcomer, messages.Introduction(named))
 
-    def _check_honest(self, commitments: list[wire.Commitment]) -> None:
+    def _check_honest(self, commitments: list[messages.Commitment]) -> None:
         """Ban a peer that has announced something else for the same slot before. Raises WireError for the message."""
         for commitment in commitments:
             if (proof := self._rounds.contradiction(commitment)) is not None:
                 self._ban(proof)
                 raise WireError(Refusal.EQUIVOCATION, "two contributions of one peer to one slot")
 
-    def _ban(self, proof: wire.Equivocation) -> None:
+    def _ban(self, proof: messages.Equivocation) -> None:
         """Drop a peer for good and pass on the proof: who sits in committees must stay the same for everybody."""
         if self.roster.ban(proof):
             self._rounds.exclude(proof.peer)
@@ -297,7 +297,7 @@ class Engine:
         ][: limits.REQUEST_NAMES_MAX]
         if missing:
             self._asked.update((name.digest, self._slot) for name in missing)
-            self._send(member.peer, wire.CertificateRequest(tuple(missing)))
+            self._send(member.peer, messages.CertificateRequest(tuple(missing)))
 
     # --- certificates ------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from braniac.protocol.identity import PeerId
-from braniac.protocol.wire import Certificate, FragmentState
+from braniac.protocol.messages import Certificate, FragmentState
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 from braniac.protocol import limits
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.manifest import Manifest
-from braniac.protocol.wire import Certificate, CertificateName, certificate_bytes, open_certificate
+from braniac.protocol.messages import Certificate, CertificateName
+from braniac.protocol.statements import certificate_bytes, open_certificate
 
 
 @dataclass

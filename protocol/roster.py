@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from braniac.protocol import limits
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import PeerId
-from braniac.protocol.wire import CertificateName, Equivocation, FragmentState, Heartbeat
+from braniac.protocol.messages import CertificateName, Equivocation, FragmentState, Heartbeat
 
 
 @dataclass

@@ -13,10 +13,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from braniac.protocol import committee as seats
-from braniac.protocol import limits, wire
+from braniac.protocol import limits, statements
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import Identity, PeerId
-from braniac.protocol.wire import Certificate, Commitment, Share, Verdict, Vote
+from braniac.protocol.messages import Certificate, Commitment, Share, Verdict, Vote
 
 
 class Phase(enum.Enum):
@@ -89,7 +89,7 @@ class SlotRound:
         assert self.owned
         assert self.phase is Phase.MERGING
         shares = [Share(self.commitments[peer], clip) for peer, clip in clips.items()]
-        self.verdict = wire.make_verdict(
+        self.verdict = statements.make_verdict(
             self.run_id, self.slot, self.fragment, self.committee, shares, update_digest, update_bytes
         )
         self.phase = Phase.PROPOSED
@@ -101,7 +101,7 @@ class SlotRound:
         if self.voted not in (None, verdict.digest):
             raise WireError(Refusal.CONFLICT, f"already signed another verdict for slot {self.slot}")
         self.voted = verdict.digest
-        return Vote(self.slot, verdict.digest, wire.sign_verdict(identity, verdict.digest))
+        return Vote(self.slot, verdict.digest, statements.sign_verdict(identity, verdict.digest))
 
     def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
         """Is this what the owner may propose, as far as this seat can see? Raises WireError."""
@@ -119,7 +119,7 @@ class SlotRound:
             raise WireError(Refusal.CONFLICT, "a vote for something that was not proposed")
         if sender not in self.committee:
             raise WireError(Refusal.NOT_COMMITTEE, "a vote from outside the committee")
-        if not wire.verdict_signed_by(sender, vote.verdict_digest, vote.signature):
+        if not statements.verdict_signed_by(sender, vote.verdict_digest, vote.signature):
             raise WireError(Refusal.BAD_SIGNATURE, "a vote that its sender did not sign")
         self.votes[sender] = vote.signature
         return self.certificate()

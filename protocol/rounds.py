@@ -6,14 +6,14 @@ import contextlib
 from collections.abc import Callable
 
 from braniac.protocol import committee as seats
-from braniac.protocol import events, limits, wire
+from braniac.protocol import events, limits, messages, statements
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
+from braniac.protocol.messages import Certificate, Commitment, Message, Verdict, Vote
 from braniac.protocol.roster import Roster
 from braniac.protocol.round import Phase, SlotRound
-from braniac.protocol.wire import Certificate, Commitment, Message, Verdict, Vote
 
 
 class Rounds:
@@ -71,7 +71,7 @@ class Rounds:
             return  # encoding took too long; the work is still in the weights and is offered when it is next due
         fragment = self._manifest.fragment_of(slot)
         weight = max(1, min(weight, limits.WEIGHT_MAX))
-        commitment = wire.make_commitment(
+        commitment = statements.make_commitment(
             self._identity, self._manifest.run_id, slot, fragment, payload_digest, payload_bytes, weight
         )
         for peer in self._committee(slot):
@@ -79,7 +79,7 @@ class Rounds:
                 with contextlib.suppress(WireError):  # a full slot: the work is offered again, like anybody's
                     self.note_commitment(commitment)
             else:
-                self._send(peer, wire.Offer(commitment))
+                self._send(peer, messages.Offer(commitment))
 
     def note_commitment(self, commitment: Commitment) -> None:
         """A contribution was announced to this seat. Raises WireError."""
@@ -93,11 +93,11 @@ class Rounds:
         if current.commit(commitment):
             self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, (commitment.peer,)))
 
-    def contradiction(self, commitment: Commitment) -> wire.Equivocation | None:
+    def contradiction(self, commitment: Commitment) -> messages.Equivocation | None:
         """The proof, if its peer has announced something else for the same slot."""
         current = self._rounds.get(commitment.slot)
         known = current.commitments.get(commitment.peer) if current else None
-        return wire.Equivocation(known, commitment) if known and known.body != commitment.body else None
+        return messages.Equivocation(known, commitment) if known and known.body != commitment.body else None
 
     def exclude(self, peer: PeerId) -> None:
         """A peer was banned: nothing of it is merged any more."""
@@ -147,7 +147,7 @@ class Rounds:
             return None
         verdict = current.propose(self._identity, dict(merged.admitted), merged.digest, len(merged.update))
         for peer in current.silent():
-            self._send(peer, wire.Proposal(verdict))
+            self._send(peer, messages.Proposal(verdict))
         return current.certificate()
 
     def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
@@ -177,7 +177,7 @@ class Rounds:
         for current in self._rounds.values():
             if current.phase is Phase.PROPOSED and current.verdict is not None:
                 for peer in current.silent():
-                    self._send(peer, wire.Proposal(current.verdict))
+                    self._send(peer, messages.Proposal(current.verdict))
 
     def _committee(self, slot: int) -> tuple[PeerId, ...]:
         eligible = [member.peer for member in self._roster.eligible(slot)]

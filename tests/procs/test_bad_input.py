@@ -25,7 +25,8 @@ from braniac.node.transport import Unreachable
 from braniac.node.transport_libp2p import LibP2PTransport
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.identity import Identity, PeerId
-from braniac.protocol.wire import Heartbeat, seal
+from braniac.protocol.messages import Heartbeat
+from braniac.protocol.wire import seal
 from tests.procs.helpers import Node, Nodes, command, nodes_below, until
 
 STRANGER = "12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"

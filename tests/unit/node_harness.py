@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from braniac.model.config import ModelConfig
 from braniac.model.data import Batches
@@ -24,7 +25,9 @@ from braniac.protocol.codec import CodecRules
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest, MergeRules, sign_manifest
-from braniac.protocol.wire import FragmentState
+from braniac.protocol.messages import FragmentState
+
+torch.set_num_threads(1)  # operations this small only lose by being shared
 
 CONFIG = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, context=8)
 FRAGMENTS = 5

@@ -30,7 +30,7 @@ from braniac.protocol.history import History
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import FragmentSpec, Manifest, MergeRules
 from braniac.protocol.merge import Contribution, merge
-from braniac.protocol.wire import FragmentState
+from braniac.protocol.messages import FragmentState
 
 EPOCH_S = 1_700_000_000.123
 SLOT_S = 1.0

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from braniac.protocol.agreement import Agreement
 from braniac.protocol.events import FragmentLost
 from braniac.protocol.history import History
+from braniac.protocol.messages import FragmentState
 from braniac.protocol.roster import Member
-from braniac.protocol.wire import FragmentState
 from tests.unit.swarm_harness import identity, make_manifest
 
 MANIFEST = make_manifest(rings=(0, 0, 0))

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from braniac.protocol import limits, wire
+from braniac.protocol import limits, statements
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.history import History
-from braniac.protocol.wire import Certificate, CertificateName, Share
+from braniac.protocol.messages import Certificate, CertificateName, Share
 from tests.unit.swarm_harness import identity, make_manifest
 
 MANIFEST = make_manifest(rings=(0, 0, 0))
@@ -22,11 +22,12 @@ PEOPLE = [identity(n) for n in range(3)]
 def certificate(slot: int, *, weight: int = 5, signers: int = 2, update: str = "") -> Certificate:
     fragment = MANIFEST.fragment_of(slot)
     run_id = MANIFEST.run_id
-    share = Share(wire.make_commitment(PEOPLE[0], run_id, slot, fragment, payload(slot), 9, weight), 1)
+    share = Share(statements.make_commitment(PEOPLE[0], run_id, slot, fragment, payload(slot), 9, weight), 1)
     committee = tuple(person.peer_id for person in PEOPLE)
     digest = hashlib.sha256(f"update {slot} {update}".encode()).digest()
-    verdict = wire.make_verdict(run_id, slot, fragment, committee, [share], digest, 9)
-    return Certificate(verdict, tuple((p.peer_id, wire.sign_verdict(p, verdict.digest)) for p in PEOPLE[:signers]))
+    verdict = statements.make_verdict(run_id, slot, fragment, committee, [share], digest, 9)
+    signatures = tuple((p.peer_id, statements.sign_verdict(p, verdict.digest)) for p in PEOPLE[:signers])
+    return Certificate(verdict, signatures)
 
 
 def payload(slot: int) -> bytes:

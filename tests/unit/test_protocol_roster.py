@@ -6,10 +6,11 @@ import hashlib
 
 import pytest
 
-from braniac.protocol import committee, limits, wire
+from braniac.protocol import committee, limits, messages, statements
 from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.identity import PeerId
+from braniac.protocol.messages import Equivocation, Heartbeat
 from braniac.protocol.roster import Member, ReplayWindow, Roster
-from braniac.protocol.wire import Equivocation, Heartbeat
 from tests.unit.swarm_harness import identity
 
 RUN = hashlib.sha256(b"run").digest()
@@ -18,8 +19,8 @@ LIVE, READY = limits.ROSTER_LIVE_SLOTS, limits.ELIGIBLE_SLOTS
 
 
 def proof(peer: int) -> Equivocation:
-    def announce(weight: int) -> wire.Commitment:
-        return wire.make_commitment(identity(peer), RUN, 3, 0, bytes(32), 9, weight)
+    def announce(weight: int) -> messages.Commitment:
+        return statements.make_commitment(identity(peer), RUN, 3, 0, bytes(32), 9, weight)
 
     return Equivocation(announce(1), announce(2))
 
@@ -61,7 +62,7 @@ def test_replay_windows_of_strangers_are_bounded() -> None:
     roster.hear(ALICE, Heartbeat(1, 0, -1), 1, 1)
     roster.check_fresh(ALICE, 1)
     for n in range(4 * limits.ROSTER_PEERS_MAX + 1):
-        roster.check_fresh(wire.PeerId(n.to_bytes(38)), 1)
+        roster.check_fresh(PeerId(n.to_bytes(38)), 1)
     assert len(roster._replay) <= 4 * limits.ROSTER_PEERS_MAX
     with pytest.raises(WireError):
         roster.check_fresh(ALICE, 1)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braniac.protocol import limits, wire
+from braniac.protocol import limits, messages, statements, wire
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.errors import Refusal, WireError
-from braniac.protocol.wire import (
+from braniac.protocol.messages import (
     Certificate,
     CertificateName,
     CertificateRequest,
@@ -51,7 +51,7 @@ def commitment(peer: int = 0, **changes: Any) -> Commitment:
         "payload_bytes": 99,
         "weight": 12,
     }
-    return wire.make_commitment(PEOPLE[peer], **values | changes)
+    return statements.make_commitment(PEOPLE[peer], **values | changes)
 
 
 def verdict(**changes: Any) -> Verdict:
@@ -64,12 +64,12 @@ def verdict(**changes: Any) -> Verdict:
         "update_digest": digest("update"),
         "update_bytes": 55,
     }
-    return wire.make_verdict(**values | changes)
+    return statements.make_verdict(**values | changes)
 
 
 def certificate(of: Verdict | None = None, signers: tuple[int, ...] = (0, 2)) -> Certificate:
     of = of or verdict()
-    signatures = tuple((PEOPLE[n].peer_id, wire.sign_verdict(PEOPLE[n], of.digest)) for n in signers)
+    signatures = tuple((PEOPLE[n].peer_id, statements.sign_verdict(PEOPLE[n], of.digest)) for n in signers)
     return Certificate(of, signatures)
 
 
@@ -107,17 +107,17 @@ def refusal_of(action: Callable[[], object]) -> Refusal:
 @pytest.mark.parametrize("name", MESSAGES)
 def test_round_trip(name: str) -> None:
     opened = wire.open_envelope(sealed(MESSAGES[name], sequence=1 << 40), RUN)
-    assert opened == wire.Opened(ME.peer_id, 1 << 40, MESSAGES[name])
+    assert opened == messages.Opened(ME.peer_id, 1 << 40, MESSAGES[name])
 
 
 def test_a_stored_certificate_comes_back() -> None:
-    assert wire.open_certificate(wire.certificate_bytes(certificate()), RUN) == certificate()
+    assert statements.open_certificate(statements.certificate_bytes(certificate()), RUN) == certificate()
 
 
 @given(data=st.binary(max_size=300))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_bytes_are_refused(data: bytes) -> None:
-    for read in (wire.open_envelope, wire.open_certificate):
+    for read in (wire.open_envelope, statements.open_certificate):
         with pytest.raises(WireError):
             read(data, RUN)
 
@@ -148,12 +148,12 @@ def test_bit_flips_are_refused(name: str) -> None:
 
 
 def test_bit_flips_of_a_stored_certificate_are_refused() -> None:
-    data = wire.certificate_bytes(certificate())
+    data = statements.certificate_bytes(certificate())
     for bit in range(0, 8 * len(data), 11):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(WireError):
-            wire.open_certificate(bytes(flipped), RUN)
+            statements.open_certificate(bytes(flipped), RUN)
 
 
 def test_truncated_messages_are_refused() -> None:

@@ -1,0 +1,169 @@
+"""What peers say to each other, as values: read and written by wire.py, which has checked every bound.
+
+Statements that others must be able to check later (commitments, verdicts) keep the bytes that were signed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from braniac.protocol.identity import PeerId
+
+
+@dataclass(frozen=True)
+class CertificateName:
+    """Which certificate: its slot and the sha256 of its verdict."""
+
+    slot: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class FragmentState:
+    """An anchor by its hash."""
+
+    fragment: int
+    slot: int
+    """Last slot merged into it, -1 for the initial weights."""
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Who I am, what I hold, which certificates I have applied."""
+
+    slot: int
+    tier: int
+    ready_slot: int
+    """Since when its anchors are current and it may sit in committees, -1 while joining."""
+    addresses: tuple[str, ...] = ()
+    recent: tuple[CertificateName, ...] = ()
+    anchors: tuple[FragmentState, ...] = ()
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """A peer's contribution to a slot by hash; `body` and `signature` are the portable statement."""
+
+    peer: PeerId
+    slot: int
+    fragment: int
+    payload_digest: bytes
+    payload_bytes: int
+    weight: int
+    body: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One contribution inside a verdict."""
+
+    commitment: Commitment
+    clip: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a committee signs: these contributions make this update."""
+
+    slot: int
+    fragment: int
+    committee: tuple[PeerId, ...]
+    shares: tuple[Share, ...]
+    update_digest: bytes
+    update_bytes: int
+    body: bytes = field(repr=False)
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.body).digest()
+
+    @property
+    def owner(self) -> PeerId:
+        return self.committee[0]
+
+    def share_of(self, peer: PeerId) -> Share | None:
+        """The share of `peer`, if it is in."""
+        return next((share for share in self.shares if share.commitment.peer == peer), None)
+
+
+@dataclass(frozen=True)
+class Offer:
+    commitment: Commitment
+
+
+@dataclass(frozen=True)
+class Proposal:
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Vote:
+    slot: int
+    verdict_digest: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A verdict with the signatures of a majority of its committee."""
+
+    verdict: Verdict
+    signatures: tuple[tuple[PeerId, bytes], ...]
+
+    @property
+    def name(self) -> CertificateName:
+        return CertificateName(self.verdict.slot, self.verdict.digest)
+
+    @property
+    def weight(self) -> int:
+        """Tokens behind it; ranks two certificates of one slot."""
+        return sum(share.commitment.weight for share in self.verdict.shares)
+
+    def rank(self) -> tuple[int, int, int]:
+        """Of two certificates for one slot the higher rank stands: signatures, then weight, then the lower hash."""
+        return (len(self.signatures), self.weight, -int.from_bytes(self.verdict.digest))
+
+
+@dataclass(frozen=True)
+class CertificateRequest:
+    names: tuple[CertificateName, ...]
+
+
+@dataclass(frozen=True)
+class Goodbye:
+    slot: int
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """Peers a newcomer should greet, with the addresses they gave."""
+
+    peers: tuple[tuple[PeerId, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Equivocation:
+    """Two different commitments that one peer signed for one slot."""
+
+    first: Commitment
+    second: Commitment
+
+    @property
+    def peer(self) -> PeerId:
+        return self.first.peer
+
+
+Message = Heartbeat | Offer | Proposal | Vote | Certificate | CertificateRequest | Goodbye | Equivocation | Introduction
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A message whose sender is proven."""
+
+    sender: PeerId
+    sequence: int
+    message: Message

@@ -1,0 +1,163 @@
+"""Signed statements that others must be able to check later: commitments, verdicts, certificates, proofs.
+
+They are signed as the bytes they travel in and keep those bytes, so nothing has to be serialised twice in the same way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from braniac.protocol import limits
+from braniac.protocol import messages_pb2 as pb
+from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.fields import digest_of, peer_of, require, signature_of, slot_of
+from braniac.protocol.identity import Identity, PeerId, verify
+from braniac.protocol.messages import Certificate, Commitment, Equivocation, Share, Verdict
+
+_COMMITMENT = b"commitment"
+_VERDICT = b"verdict"
+_Statement = TypeVar("_Statement", pb.Commitment, pb.Verdict)
+
+
+def make_commitment(
+    identity: Identity, run_id: bytes, slot: int, fragment: int, payload_digest: bytes, payload_bytes: int, weight: int
+) -> Commitment:
+    """Sign one's own contribution."""
+    body = pb.Commitment(
+        run_id=run_id,
+        peer=identity.peer_id,
+        slot=slot,
+        fragment=fragment,
+        payload_digest=payload_digest,
+        payload_bytes=payload_bytes,
+        weight=weight,
+    ).SerializeToString(deterministic=True)
+    signature = identity.sign(_COMMITMENT, body)
+    return Commitment(identity.peer_id, slot, fragment, payload_digest, payload_bytes, weight, body, signature)
+
+
+def make_verdict(
+    run_id: bytes,
+    slot: int,
+    fragment: int,
+    committee: tuple[PeerId, ...],
+    shares: Iterable[Share],
+    update_digest: bytes,
+    update_bytes: int,
+) -> Verdict:
+    """Write down what the committee is to sign; shares are put in order of peer id."""
+    ordered = tuple(sorted(shares, key=lambda share: share.commitment.peer))
+    body = pb.Verdict(
+        run_id=run_id,
+        slot=slot,
+        fragment=fragment,
+        committee=committee,
+        shares=[pb.Share(commitment=signed_out(s.commitment), clip=s.clip) for s in ordered],
+        update_digest=update_digest,
+        update_bytes=update_bytes,
+    ).SerializeToString(deterministic=True)
+    return Verdict(slot, fragment, committee, ordered, update_digest, update_bytes, body)
+
+
+def sign_verdict(identity: Identity, digest: bytes) -> bytes:
+    return identity.sign(_VERDICT, digest)
+
+
+def verdict_signed_by(peer: PeerId, digest: bytes, signature: bytes) -> bool:
+    return verify(peer, _VERDICT, digest, signature)
+
+
+def certificate_bytes(certificate: Certificate) -> bytes:
+    """A certificate as it travels and as it is stored."""
+    return pb.Certificate(
+        verdict=certificate.verdict.body,
+        signatures=[pb.Signature(peer=peer, signature=signature) for peer, signature in certificate.signatures],
+    ).SerializeToString()
+
+
+def open_certificate(data: bytes, run_id: bytes) -> Certificate:
+    """Parse a stored certificate. Raises WireError."""
+    try:
+        return certificate_in(pb.Certificate.FromString(data), run_id)
+    except DecodeError as error:
+        raise WireError(Refusal.MALFORMED, f"not a certificate ({error})") from None
+
+
+def signed_out(commitment: Commitment) -> pb.SignedCommitment:
+    return pb.SignedCommitment(body=commitment.body, signature=commitment.signature)
+
+
+def commitment_in(signed: pb.SignedCommitment, run_id: bytes) -> Commitment:
+    body = _parse(pb.Commitment, signed.body)
+    if body.run_id != run_id:
+        raise WireError(Refusal.WRONG_RUN, "a commitment of another run")
+    peer = peer_of(body.peer)
+    require(0 < body.weight <= limits.WEIGHT_MAX, "a weight out of range")
+    require(0 < body.payload_bytes <= limits.BLOB_BYTES_MAX, "a payload size out of range")
+    require(body.fragment < limits.FRAGMENTS_MAX, "no such fragment")
+    if not verify(peer, _COMMITMENT, signed.body, signed.signature):
+        raise WireError(Refusal.BAD_SIGNATURE, "a commitment that its peer did not sign")
+    return Commitment(
+        peer,
+        slot_of(body.slot),
+        body.fragment,
+        digest_of(body.payload_digest),
+        body.payload_bytes,
+        body.weight,
+        signed.body,
+        signed.signature,
+    )
+
+
+def verdict_in(data: bytes, run_id: bytes) -> Verdict:
+    body = _parse(pb.Verdict, data)
+    if body.run_id != run_id:
+        raise WireError(Refusal.WRONG_RUN, "a verdict of another run")
+    slot = slot_of(body.slot)
+    committee = tuple(map(peer_of, body.committee))
+    require(1 <= len(committee) <= limits.COMMITTEE_SIZE, "a committee of the wrong size")
+    require(len(set(committee)) == len(committee), "a peer with two seats")
+    require(1 <= len(body.shares) <= limits.CONTRIBUTIONS_PER_SLOT_MAX, "no contribution, or too many")
+    require(0 < body.update_bytes <= limits.BLOB_BYTES_MAX, "an update size out of range")
+    shares = tuple(Share(commitment_in(share.commitment, run_id), share.clip) for share in body.shares)
+    peers = [share.commitment.peer for share in shares]
+    require(all(a < b for a, b in itertools.pairwise(peers)), "contributions out of order or doubled")
+    for share in shares:
+        require(0 <= share.clip <= limits.CLIP_ONE, "a clip factor out of range")
+        same = share.commitment.slot == slot and share.commitment.fragment == body.fragment
+        require(same, "a contribution to another slot")
+    return Verdict(slot, body.fragment, committee, shares, digest_of(body.update_digest), body.update_bytes, data)
+
+
+def certificate_in(message: pb.Certificate, run_id: bytes) -> Certificate:
+    require(len(message.signatures) <= limits.COMMITTEE_SIZE, "too many signatures")
+    verdict = verdict_in(message.verdict, run_id)
+    signatures = tuple((peer_of(s.peer), signature_of(s.signature)) for s in message.signatures)
+    signers = [peer for peer, _ in signatures]
+    require(len(set(signers)) == len(signers), "a peer signed twice")
+    if not set(signers) <= set(verdict.committee):
+        raise WireError(Refusal.NOT_COMMITTEE, "a signature from outside the committee")
+    if len(signers) < len(verdict.committee) // 2 + 1:
+        raise WireError(Refusal.NO_MAJORITY, f"{len(signers)} signatures of {len(verdict.committee)} seats")
+    for peer, signature in signatures:
+        if not verdict_signed_by(peer, verdict.digest, signature):
+            raise WireError(Refusal.BAD_SIGNATURE, "a verdict that its signer did not sign")
+    return Certificate(verdict, signatures)
+
+
+def equivocation_in(message: pb.Equivocation, run_id: bytes) -> Equivocation:
+    first, second = commitment_in(message.first, run_id), commitment_in(message.second, run_id)
+    require((first.peer, first.slot) == (second.peer, second.slot), "commitments that have nothing to do with another")
+    require(first.body != second.body, "the same commitment twice")
+    return Equivocation(first, second)
+
+
+def _parse(kind: type[_Statement], data: bytes) -> _Statement:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise WireError(Refusal.MALFORMED, f"not a statement ({error})") from None
