@@ -279,5 +279,6 @@ def test_the_largest_heartbeat_fits_a_message() -> None:
 
 
 def test_the_largest_certificate_fits_a_message() -> None:
-    share = len(pb.Share(commitment=wire._signed_out(commitment(weight=limits.WEIGHT_MAX)), clip=1).SerializeToString())
+    signed = statements.signed_out(commitment(weight=limits.WEIGHT_MAX))
+    share = len(pb.Share(commitment=signed, clip=1).SerializeToString())
     assert (share + 4) * limits.CONTRIBUTIONS_PER_SLOT_MAX + 1000 < limits.MESSAGE_BYTES_MAX
