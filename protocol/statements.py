@@ -64,10 +64,12 @@ def make_verdict(
 
 
 def sign_verdict(identity: Identity, digest: bytes) -> bytes:
+    """64-byte signature of a seat under a verdict's digest."""
     return identity.sign(_VERDICT, digest)
 
 
 def verdict_signed_by(peer: PeerId, digest: bytes, signature: bytes) -> bool:
+    """Whether `peer` signed the verdict with this digest."""
     return verify(peer, _VERDICT, digest, signature)
 
 
@@ -88,10 +90,12 @@ def open_certificate(data: bytes, run_id: bytes) -> Certificate:
 
 
 def signed_out(commitment: Commitment) -> pb.SignedCommitment:
+    """A commitment as it travels."""
     return pb.SignedCommitment(body=commitment.body, signature=commitment.signature)
 
 
 def commitment_in(signed: pb.SignedCommitment, run_id: bytes) -> Commitment:
+    """Check a signed commitment. Raises WireError."""
     body = _parse(pb.Commitment, signed.body)
     if body.run_id != run_id:
         raise WireError(Refusal.WRONG_RUN, "a commitment of another run")
@@ -114,6 +118,7 @@ def commitment_in(signed: pb.SignedCommitment, run_id: bytes) -> Commitment:
 
 
 def verdict_in(data: bytes, run_id: bytes) -> Verdict:
+    """Parse a verdict and check every contribution in it. Raises WireError."""
     body = _parse(pb.Verdict, data)
     if body.run_id != run_id:
         raise WireError(Refusal.WRONG_RUN, "a verdict of another run")
@@ -134,6 +139,7 @@ def verdict_in(data: bytes, run_id: bytes) -> Verdict:
 
 
 def certificate_in(message: pb.Certificate, run_id: bytes) -> Certificate:
+    """Check a certificate: a majority of its own committee signed its verdict. Raises WireError."""
     require(len(message.signatures) <= limits.COMMITTEE_SIZE, "too many signatures")
     verdict = verdict_in(message.verdict, run_id)
     signatures = tuple((peer_of(s.peer), signature_of(s.signature)) for s in message.signatures)
@@ -150,6 +156,7 @@ def certificate_in(message: pb.Certificate, run_id: bytes) -> Certificate:
 
 
 def equivocation_in(message: pb.Equivocation, run_id: bytes) -> Equivocation:
+    """Check a proof: two different commitments of one peer to one slot, both signed by it. Raises WireError."""
     first, second = commitment_in(message.first, run_id), commitment_in(message.second, run_id)
     require((first.peer, first.slot) == (second.peer, second.slot), "commitments that have nothing to do with another")
     require(first.body != second.body, "the same commitment twice")
