@@ -60,6 +60,8 @@ class Saved:
     totals: Totals
     peers: dict[PeerId, tuple[str, ...]]
     """Addresses under which peers were reached."""
+    generation: int = 0
+    """Its number; 0 before it has one."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def from_generation(generation: Generation) -> Saved:
             step=int(content["step"]),
             totals=Totals(**{key: int(value) for key, value in content["totals"].items()}),
             peers={peer_id_from_text(peer): tuple(addresses) for peer, addresses in content["peers"].items()},
+            generation=generation.number,
         )
     except (AttributeError, KeyError, TypeError, ValueError, ProtocolError) as error:
         raise StateError(

@@ -135,7 +135,8 @@ async def equip(node: Equipment, membership: Membership) -> AsyncIterator[tuple[
     replica = Replica(node.store, manifest, membership.signed, tier, model, thread, totals)
     history = saved.history if saved else History(manifest)
     if saved is not None:
-        replica.anchors = dict(saved.anchors)
+        replica.anchors, replica.generation = dict(saved.anchors), saved.generation
+        node.metrics.checkpoint_generation.set(saved.generation)
     elif manifest.founder == node.identity.peer_id:
         history.begin(manifest.held(tier))
         await asyncio.to_thread(replica.begin)
