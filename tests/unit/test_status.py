@@ -1,0 +1,197 @@
+"""What a node says about itself: the record of every slot, its state and why, and that all of it is JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from braniac.node import status as status_module
+from braniac.node.clock import FakeClock, SwarmClock
+from braniac.node.commands import json_text, message_dict, peers_text, status_text
+from braniac.node.config import NetworkSection, NodeConfig, StateSection
+from braniac.node.exchange import Exchange
+from braniac.node.joiner import DownloadBar
+from braniac.node.metrics import EventLoopLag, Metrics
+from braniac.node.network import Network
+from braniac.node.startup import Equipment
+from braniac.node.status import Status
+from braniac.protocol import events
+from braniac.protocol.identity import peer_id_text
+from braniac.protocol.wire import Heartbeat
+from tests.unit.node_harness import identity
+from tests.unit.solo_node import MANIFEST, ME, Node
+
+PEER = f"/ip4/203.0.113.7/tcp/4001/p2p/{peer_id_text(identity(1).peer_id)}"
+
+
+class Watched:
+    """A lone node with a status, fed as the daemon feeds it."""
+
+    def __init__(self, root: Path) -> None:
+        self.node = Node(root)
+        clock, metrics = FakeClock(), Metrics("test", 1)
+        swarm_clock = SwarmClock(clock)
+        config = NodeConfig(network=NetworkSection(peers=(PEER,)), state=StateSection(dir=root))
+        network = Network(config.network, root / "identity.key", ME, clock)
+        exchange = Exchange(self.node.store, metrics, clock, swarm_clock, 10.0)
+        self.equipment = Equipment(config, clock, swarm_clock, metrics, self.node.store, ME, network, exchange)
+        self.left: list[bool] = []
+        lag = EventLoopLag(metrics.event_loop_lag, clock)
+        self.status = Status(self.equipment, lag, lambda *, now: self.left.append(now))
+
+    async def slot(self) -> None:
+        for event in await self.node.slot():
+            if isinstance(event, events.SlotBegan):
+                self.status.slot_began(event)
+            if isinstance(event, events.SlotSettled):
+                self.status.report(event)
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.equipment.metrics.registry.get_sample_value(name, labels)
+
+
+@pytest.fixture
+async def watched(tmp_path: Path) -> AsyncIterator[Watched]:
+    watched = Watched(tmp_path)
+    yield watched
+    await asyncio.to_thread(watched.node.close)
+
+
+def is_json(watched: Watched) -> bool:
+    """Whether both replies can be printed, as JSON and for people."""
+    status, peers = watched.status.status(0), watched.status.peers()
+    assert status_text(status)
+    assert peers_text(peers)
+    return all(json.loads(json_text(message_dict(reply))) for reply in (status, peers))
+
+
+def test_before_a_run_there_is_little_to_say(watched: Watched) -> None:
+    reply = watched.status.status(0)
+    assert (reply.peer_id, reply.state, reply.run_id) == (peer_id_text(ME.peer_id), "starting", "")
+    assert reply.state_reason == "0 peers"
+    assert not reply.HasField("train_loss")
+    watched.equipment.network.failures[PEER] = "nobody listens there"
+    assert watched.status.status(0).state_reason == f"0 peers ({PEER}: nobody listens there)"
+    assert is_json(watched)
+
+
+async def test_every_slot_leaves_one_record(watched: Watched) -> None:
+    watched.status.take_part(watched.node.engine, watched.node.replica)
+    for _ in range(10):
+        await watched.slot()
+    reply = watched.status.status(0)
+    slots = [record.slot for record in reply.slots]
+    assert len(slots) == len(set(slots)) >= 7
+    merged = [record for record in reply.slots if record.outcome == "merged"]
+    assert merged
+    for record in reply.slots:
+        assert record.fragment == MANIFEST.fragment_of(record.slot)
+        assert record.outcome in ("merged", "no_certificate")
+        assert bool(record.certificate) == (record.outcome == "merged")
+    assert {(r.contributors, r.owner) for r in merged} == {(1, peer_id_text(ME.peer_id))}
+    assert [r.slot for r in watched.status.status(5).slots] == [slot for slot in slots if slot >= 5]
+    assert watched.metric("braniac_slot_outcomes_total", outcome="merged") == len(merged)
+    assert watched.metric("braniac_contributions_total", outcome="merged") == len(merged)
+    assert watched.metric("braniac_slot") == watched.node.engine.slot
+    assert reply.contributions_merged == watched.node.replica.totals.merged == len(merged)
+    assert reply.contributions_unacknowledged == len(reply.slots) - len(merged)  # offered before anybody had a seat
+    assert (reply.tier, reply.tiers, reply.fragments) == (0, MANIFEST.tiers, MANIFEST.window)
+    assert {state.fragment: state.digest for state in reply.digests} == {
+        f: state.digest for f, state in watched.node.replica.anchors.items()
+    }
+    assert is_json(watched)
+
+
+@pytest.mark.parametrize(
+    ("certified", "merged", "outcome"),
+    [(False, False, "no_certificate"), (True, False, "missed"), (True, True, "merged")],
+)
+async def test_outcomes(watched: Watched, certified: bool, merged: bool, outcome: str) -> None:
+    watched.status.take_part(watched.node.engine, watched.node.replica)
+    seen: list[events.Event] = []
+    for _ in range(4):
+        seen += await watched.node.slot()
+    [certificate, *_] = [e.certificate for e in seen if isinstance(e, events.SlotSettled) and e.certificate]
+    slot = certificate.verdict.slot
+    watched.status.offered(slot, 77)
+    event = events.SlotSettled(slot, MANIFEST.fragment_of(slot), certificate if certified else None, True, merged)
+    watched.status.report(event)
+    [record] = watched.status.status(0).slots
+    assert (record.outcome, record.payload_bytes) == (outcome, 77)
+    assert watched.metric("braniac_slot_outcomes_total", outcome=outcome) == 1
+    result = "merged" if merged else "unacknowledged"
+    assert watched.metric("braniac_contributions_total", outcome=result) == 1
+
+
+async def test_bytes_are_told_per_slot_without_the_downloads_of_joiners(watched: Watched) -> None:
+    watched.status.take_part(watched.node.engine, watched.node.replica)
+    sent = watched.equipment.exchange.sent
+    for _ in range(8):
+        sent["message"] += 100
+        sent["blob"] += 20
+        sent["anchor"] += 100_000
+        await watched.slot()
+    assert {record.bytes_sent for record in watched.status.status(0).slots[:-1]} == {120}
+    assert watched.status.status(0).bytes_sent == 8 * 100_120
+
+
+async def test_troubles_degrade_a_node_and_pass(watched: Watched) -> None:
+    watched.status.take_part(watched.node.engine, watched.node.replica)
+    metrics = watched.equipment.metrics
+    metrics.set_state("training")
+    await watched.slot()
+    assert metrics.state == "degraded"
+    assert watched.status.status(0).state_reason == "0 peers"
+    heartbeat = Heartbeat(watched.node.engine.slot, 3, 0, (PEER,), (), (), 0.0)
+    watched.node.engine.roster.hear(identity(1).peer_id, heartbeat, watched.node.engine.slot, 1)
+    await watched.slot()
+    assert metrics.state == "training"
+    watched.status.trouble("disk", "the disk is full")
+    await watched.slot()
+    assert (metrics.state, watched.status.status(0).state_reason) == ("degraded", "the disk is full")
+    watched.status.trouble("disk", "")
+    await watched.slot()
+    assert metrics.state == "training"
+    metrics.set_state("leaving")
+    watched.status.trouble("disk", "the disk is full")
+    await watched.slot()
+    assert metrics.state == "leaving"  # nothing calls it back
+    [peer] = watched.status.peers().peers
+    assert (peer.state, peer.tier, list(peer.addresses)) == ("live", 3, [PEER])
+    assert is_json(watched)
+
+
+def test_forfeits_and_the_download_are_told(watched: Watched) -> None:
+    watched.status.take_part(watched.node.engine, watched.node.replica)
+    watched.status.forfeit("too_old")
+    watched.status.forfeit("too_old")
+    watched.status.bar = DownloadBar(5000)
+    watched.equipment.exchange.received["anchor"] = 3000
+    reply = watched.status.status(0)
+    assert dict(reply.forfeited) == {"too_old": 2}
+    assert (reply.join_bytes_received, reply.join_bytes_needed) == (3000, 5000)
+    assert watched.metric("braniac_forfeited_total", reason="too_old") == 2
+    watched.equipment.exchange.received["anchor"] = 5100
+    watched.status.training_began()
+    watched.equipment.exchange.received["blob"] = 10_000
+    assert watched.status.status(0).join_bytes_received == 5100
+
+
+async def test_what_is_remembered_is_bounded(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_module, "_RECORDS_MAX", 5)
+    watched.status.take_part(watched.node.engine, watched.node.replica)
+    for slot in (1, 2, 50, 51, 99, 200, 201):
+        watched.status.offered(slot, slot)
+        watched.status.slot_began(events.SlotBegan(slot, 0))
+    assert list(watched.status._payload_bytes) == [50, 51, 99, 200, 201]
+    assert len(watched.status._sent_bytes) == 5
+
+
+async def test_leave_is_passed_on(watched: Watched) -> None:
+    await watched.status.leave(True)
+    await watched.status.leave(False)
+    assert watched.left == [True, False]
