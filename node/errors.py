@@ -4,7 +4,7 @@
   x ConfigError                  2  a flag, a key, a value or a path that cannot be used
   x AlreadyRunning               4  another process holds the state directory
   x Incompatible                 5  another run id or protocol version
-  x IdentityFileError            6  the key file cannot be used
+  x IdentityFileError            6  the key file cannot be used, or its identity is in use elsewhere
   x ResourceError                7  a port in use, a socket path too long, memory too small for any tier
   x StateError                   8  no generation in the state directory can be read
   x NotRunning                   9  no daemon answers on the control socket

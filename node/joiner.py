@@ -53,23 +53,31 @@ def _failures(network: Network) -> enumerate[tuple[str, str]]:
 
 
 async def check_run(network: Network, exchange: Exchange, manifest: Manifest) -> None:
-    """Make sure that the peers we were told to join are in our run. Raises Incompatible."""
-    for address in network.bootstrap:
-        while True:
-            try:
-                peer = await network.connect(address)
-                theirs, _, _ = await exchange.ask_manifest(network.transport, peer)
-            except VersionMismatch:
-                raise
-            except (Unreachable, ManifestError):
-                await network.sleep(_RETRY_S * random.uniform(1.0, 4.0))
-                continue
-            if theirs.run_id != manifest.run_id:
-                raise Incompatible(
-                    f"{address} is in run {theirs.run_id.hex()[:12]}..., this state directory in "
-                    f"{manifest.run_id.hex()[:12]}...: use another --state-dir, or other --peers"
-                )
-            break
+    """Make sure that the peers we were told to join are in our run. Raises Incompatible, VersionMismatch."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for address in network.bootstrap:
+                group.create_task(_check_one(network, exchange, manifest, address))
+    except* (Incompatible, VersionMismatch) as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _check_one(network: Network, exchange: Exchange, manifest: Manifest, address: str) -> None:
+    while True:
+        try:
+            peer = await network.connect(address)
+            theirs, _, _ = await exchange.ask_manifest(network.transport, peer)
+        except VersionMismatch:
+            raise
+        except (Unreachable, ManifestError):
+            await network.sleep(_RETRY_S * random.uniform(1.0, 4.0))
+            continue
+        if theirs.run_id != manifest.run_id:
+            raise Incompatible(
+                f"{address} is in run {theirs.run_id.hex()[:12]}..., this state directory in "
+                f"{manifest.run_id.hex()[:12]}...: use another --state-dir, or other --peers"
+            )
+        return
 
 
 async def ask_the_time(network: Network, exchange: Exchange, addresses: Iterable[str], manifest: Manifest) -> None:

@@ -169,7 +169,7 @@ def open_manifest(body: bytes, signature: bytes) -> Manifest:
         version = content["protocol"]
         if version != limits.PROTOCOL_VERSION:
             raise VersionMismatch(
-                f"the run speaks protocol version {version!r} and this node speaks {limits.PROTOCOL_VERSION}: "
+                f"the run speaks protocol version {str(version)[:20]} and this node speaks {limits.PROTOCOL_VERSION}: "
                 "install the braniac-node version that the run asks for"
             )
         manifest = _parse(content)
