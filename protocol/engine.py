@@ -21,13 +21,15 @@ from typing import Any
 
 from braniac.protocol import events, limits, messages, wire
 from braniac.protocol.agreement import Agreement
+from braniac.protocol.certificates import Certificates
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
 from braniac.protocol.messages import Certificate, FragmentState, Heartbeat, Message
-from braniac.protocol.roster import Member, Roster
+from braniac.protocol.outbox import Outbox
+from braniac.protocol.roster import Roster
 from braniac.protocol.rounds import Rounds
 
 
@@ -50,18 +52,15 @@ class Engine:
         self.accepted = 0
         self.refused: Counter[Refusal] = Counter()
         self.refused_payloads: Counter[Refusal] = Counter()
-        self.certificates_seen = 0
-        self._identity = identity
-        self._sequence = incarnation << 32
+        self._outbox = Outbox(identity, manifest.run_id, incarnation, self.roster)
         self._slot = self._start_slot = manifest.slot_at(now)
         self._agreement = Agreement(manifest, self.me, manifest.held(tier))
         self._introduced: dict[PeerId, int] = {}
-        self._asked: dict[bytes, int] = {}
-        self._settled: set[int] = set()
         self._repeat_at = now
-        self._outbox: list[tuple[PeerId, bytes]] = []
         self._events: deque[events.Event] = deque()
-        self._rounds = Rounds(manifest, identity, tier, self.roster, self._start_slot, self._send, self._events.append)
+        start, send, emit = self._start_slot, self._outbox.send, self._events.append
+        self._rounds = Rounds(manifest, identity, tier, self.roster, start, send, emit)
+        self._certificates = Certificates(manifest, self.me, tier, start, history, self.roster, self._rounds, emit)
 
     # --- what the daemon calls ---------------------------------------------------------------------------------------
 
@@ -83,8 +82,7 @@ class Engine:
 
     def messages_to_send(self) -> list[tuple[PeerId, bytes]]:
         """Messages since the last call; each may be lost."""
-        out, self._outbox = self._outbox, []
-        return out
+        return self._outbox.drain()
 
     def get_timer(self) -> float:
         """Swarm time at which `handle_timer` should be called next."""
@@ -145,8 +143,7 @@ class Engine:
         if not ok:
             return  # payloads: the slot closes without it; updates: asked for again with the next repeat
         self._rounds.payload_arrived(digest, now)
-        for entry in self.history.waiting_for(digest):
-            self._hand_over(entry.certificate)
+        self._certificates.update_arrived(digest)
 
     def merged(self, slot: int, merged: Merged | None) -> None:
         """Answer to MergeDue; None if nothing could be admitted."""
@@ -167,7 +164,7 @@ class Engine:
         """Answer to FragmentLost: the anchor was downloaded and the weights were set to it."""
         self.history.restore(state.fragment, state.slot)
         self._agreement.set_mine(state)
-        self._want_updates()
+        self._certificates.want_updates(self._slot)
 
     def fragment_unavailable(self, fragment: int) -> None:
         """Answer to FragmentLost: nobody could deliver it; the next heartbeats say what to ask for instead."""
@@ -217,8 +214,8 @@ class Engine:
                 if (certificate := self._rounds.count_vote(sender, message)) is not None:
                     self._publish(certificate)
             case Certificate():
-                self._check_certificate(message)
-                self._take_certificate(message)
+                self._certificates.check(message, self._slot)
+                self._certificates.take(message, self._slot)
             case messages.CertificateRequest(names):
                 for name in names[: limits.REQUEST_NAMES_MAX]:
                     entry = self.history.entry(name.slot)
@@ -247,7 +244,8 @@ class Engine:
             self._introduce_others(sender)
             for proof in list(self.roster.banned.values())[-limits.REQUEST_NAMES_MAX :]:
                 self._send(sender, proof)
-        self._ask_for_missing(member)
+        if missing := self._certificates.missing(member, self._slot):
+            self._send(sender, messages.CertificateRequest(missing))
         for lost in self._agreement.review(self.roster.live(self._slot), self._slot, self.history):
             if isinstance(lost, events.FragmentUnheld):
                 self._events.append(lost)
@@ -284,89 +282,9 @@ class Engine:
             self._events.append(events.Equivocated(proof.peer, proof.first.slot))
             self._broadcast(proof)
 
-    def _ask_for_missing(self, member: Member) -> None:
-        """Anti-entropy: ask for certificates that this peer lists and we lack, each at most once a slot."""
-        horizon = self._slot - self.history.horizon
-        missing = [
-            name
-            for name in sorted(member.recent, key=lambda n: n.slot)
-            if name.slot > horizon
-            and not self.history.covered(name)
-            and self._asked.get(name.digest) != self._slot
-            and not (self.history.entry(name.slot) and self.history.final(name.slot, self._slot))
-        ][: limits.REQUEST_NAMES_MAX]
-        if missing:
-            self._asked.update((name.digest, self._slot) for name in missing)
-            self._send(member.peer, messages.CertificateRequest(tuple(missing)))
-
-    # --- certificates ------------------------------------------------------------------------------------------------
-
     def _publish(self, certificate: Certificate) -> None:
         self._broadcast(certificate)
-        self._take_certificate(certificate)
-
-    def _check_certificate(self, certificate: Certificate) -> None:
-        """Signatures were checked when it was read; here: are these peers who may decide that slot?"""
-        verdict = certificate.verdict
-        if verdict.fragment != self.manifest.fragment_of(verdict.slot) or verdict.slot > self._slot + 1:
-            raise WireError(Refusal.MALFORMED, "a certificate of a slot that cannot have one")
-        if verdict.update_bytes > self.manifest.update_bytes_max(verdict.fragment):
-            raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
-        if self._rounds.could_decide(verdict, {peer for peer, _ in certificate.signatures}):
-            return
-        # Its signers may be gone since: then it counts if as many live peers as there are, up to two, have applied it.
-        witnesses = [member for member in self.roster.live(self._slot) if member.ready_slot >= 0]
-        if sum(certificate.name in member.recent for member in witnesses) < max(1, min(2, len(witnesses))):
-            raise WireError(Refusal.NOT_COMMITTEE, "a certificate signed by peers that could not decide that slot")
-
-    def _take_certificate(self, certificate: Certificate) -> None:
-        verdict = certificate.verdict
-        if not self.manifest.holds(self.tier, verdict.fragment):
-            self._settle(verdict.slot, certificate)
-            return
-        news, loser = self.history.accept(certificate, self._slot)
-        if not news:
-            return
-        if loser is not None:
-            self._events.append(events.UpdateDue(loser.certificate, loser.acknowledged, undo=True))
-        self.certificates_seen += 1
-        for share in verdict.shares:
-            if member := self.roster.get(share.commitment.peer):
-                member.merged += 1
-        self._want(certificate)
-
-    def _want(self, certificate: Certificate) -> None:
-        verdict = certificate.verdict
-        signers = [peer for peer, _ in certificate.signatures if peer != verdict.owner]
-        others = [m.peer for m in self.roster.live(self._slot) if certificate.name in m.recent]
-        holders = tuple(dict.fromkeys([verdict.owner, *others, *signers]))
-        self._events.append(events.BlobWanted(verdict.update_digest, verdict.update_bytes, holders))
-
-    def _want_updates(self) -> None:
-        for certificate in self.history.missing_updates():
-            self._want(certificate)
-
-    def _hand_over(self, certificate: Certificate) -> None:
-        """The update is here: apply it, and take back what it holds of this peer's own work."""
-        entry = self.history.entry(certificate.verdict.slot)
-        assert entry is not None
-        share = certificate.verdict.share_of(self.me)
-        mine = self.history.offers.get(certificate.verdict.slot)
-        entry.handed = True
-        entry.acknowledged = mine if share and share.commitment.payload_digest == mine else None
-        self._events.append(events.UpdateDue(certificate, entry.acknowledged))
-        self._settle(certificate.verdict.slot, certificate)
-
-    def _settle(self, slot: int, certificate: Certificate | None) -> None:
-        """Report what became of a slot, once."""
-        if slot in self._settled or slot <= self._start_slot:
-            return
-        self._settled.add(slot)
-        mine = self.history.offers.get(slot)
-        share = certificate.verdict.share_of(self.me) if certificate else None
-        merged = share is not None and share.commitment.payload_digest == mine
-        fragment = self.manifest.fragment_of(slot)
-        self._events.append(events.SlotSettled(slot, fragment, certificate, mine is not None, merged))
+        self._certificates.take(certificate, self._slot)
 
     # --- time --------------------------------------------------------------------------------------------------------
 
@@ -392,9 +310,8 @@ class Engine:
             # Two peers that missed each other's greetings would disagree about committees for good: everybody tells
             # somebody else in every slot whom it knows.
             self._introduce_others(live[slot % len(live)].peer)
-        self._settle(self._rounds.begin_slot(slot), None)
-        self._settled = {s for s in self._settled if s > slot - self.history.horizon}
-        self._asked = {digest: s for digest, s in self._asked.items() if s >= slot - 1}
+        self._certificates.settle(self._rounds.begin_slot(slot), None)
+        self._certificates.forget(slot)
         self.history.prune(slot)
         self.roster.forget(slot)
         due = slot > max(-1, self._start_slot) and slot not in self.history.offers  # one offer per slot, ever
@@ -404,7 +321,7 @@ class Engine:
     def _repeat(self) -> None:
         """What may have been lost: proposals without enough votes, updates that did not come, greetings."""
         self._rounds.repeat_proposals()
-        self._want_updates()
+        self._certificates.want_updates(self._slot)
         for peer, since in list(self._introduced.items()):
             if self._slot > since + 16:
                 del self._introduced[peer]
@@ -423,16 +340,7 @@ class Engine:
         )
 
     def _broadcast(self, message: Message) -> None:
-        # Whoever is silent for long is tried once in a while, in case it was the network and that has healed.
-        edge = self._slot - (limits.ROSTER_FORGET_SLOTS if self._slot % 64 == 0 else 64)
-        audience = [m.peer for m in self.roster if not m.gone and m.heard_slot > edge]
-        if audience:
-            data = self._seal(message)
-            self._outbox.extend((peer, data) for peer in audience)
+        self._outbox.broadcast(message, self._slot)
 
     def _send(self, peer: PeerId, message: Message) -> None:
-        self._outbox.append((peer, self._seal(message)))
-
-    def _seal(self, message: Message) -> bytes:
-        self._sequence += 1
-        return wire.seal(self._identity, self.manifest.run_id, self._sequence, message)
+        self._outbox.send(peer, message)

@@ -46,8 +46,8 @@ def test_two_certificates_for_one_slot(apart: str) -> None:
     assert better.rank() > worse.rank()
     for group, certificate in ((one, better), (two, worse)):
         for peer in group:
-            peer.engine._check_certificate(certificate)
-            peer.engine._take_certificate(certificate)
+            peer.engine._certificates.check(certificate, peer.engine.slot)
+            peer.engine._certificates.take(certificate, peer.engine.slot)
             peer.pump()
     swarm.run(0.3)
     for peer in two:
@@ -70,14 +70,14 @@ def test_replaced_across_a_kill() -> None:
     one, two = swarm.peers[:3], swarm.peers[3:]
     better, worse = forge(swarm, slot, one, one, swarm.peers), forge(swarm, slot, two, two[:2], two)
     victim = two[2]
-    victim.engine._take_certificate(worse)
+    victim.engine._certificates.take(worse, victim.engine.slot)
     victim.pump()
     swarm.run(0.2)
     assert victim.applied(worse.verdict.fragment)[slot] == worse.verdict.digest
     victim.snapshot()
     victim.kill()
     for peer in one:
-        peer.engine._take_certificate(better)
+        peer.engine._certificates.take(better, peer.engine.slot)
         peer.pump()
     go_on()
     swarm.run(1)
@@ -98,7 +98,7 @@ def test_nobody_certifies_alone_what_others_should_have_seen() -> None:
     lie = forge(swarm, slot, [liar], [liar], [liar])
     for peer in swarm.peers[:3]:
         with pytest.raises(WireError) as caught:
-            peer.engine._check_certificate(lie)
+            peer.engine._certificates.check(lie, peer.engine.slot)
         assert caught.value.refusal is Refusal.NOT_COMMITTEE
 
 

@@ -1,0 +1,127 @@
+"""Certificates on their way to this peer's anchors: asked for, checked, their updates fetched, handed over, reported.
+
+What stands and what is undone is decided by history.py; who may sign by rounds.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from braniac.protocol import events, limits
+from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.history import History
+from braniac.protocol.identity import PeerId
+from braniac.protocol.manifest import Manifest
+from braniac.protocol.messages import Certificate, CertificateName
+from braniac.protocol.roster import Member, Roster
+from braniac.protocol.rounds import Rounds
+
+
+class Certificates:
+    """What other peers' and this peer's own committees have decided."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        me: PeerId,
+        tier: int,
+        start_slot: int,
+        history: History,
+        roster: Roster,
+        rounds: Rounds,
+        emit: Callable[[events.Event], None],
+    ) -> None:
+        """Slots up to `start_slot` are not reported: they belong to an earlier life of this peer."""
+        self._manifest = manifest
+        self._me = me
+        self._tier = tier
+        self._start_slot = start_slot
+        self._history = history
+        self._roster = roster
+        self._rounds = rounds
+        self._emit = emit
+        self._asked: dict[bytes, int] = {}
+        self._settled: set[int] = set()
+
+    def missing(self, member: Member, now_slot: int) -> tuple[CertificateName, ...]:
+        """Anti-entropy: what to ask a peer for, because it lists it and we lack it; each at most once a slot."""
+        horizon = now_slot - self._history.horizon
+        missing = [
+            name
+            for name in sorted(member.recent, key=lambda n: n.slot)
+            if name.slot > horizon
+            and not self._history.covered(name)
+            and self._asked.get(name.digest) != now_slot
+            and not (self._history.entry(name.slot) and self._history.final(name.slot, now_slot))
+        ][: limits.REQUEST_NAMES_MAX]
+        self._asked.update((name.digest, now_slot) for name in missing)
+        return tuple(missing)
+
+    def check(self, certificate: Certificate, now_slot: int) -> None:
+        """May these peers decide that slot? Their signatures were checked when it was read. Raises WireError."""
+        verdict = certificate.verdict
+        if verdict.fragment != self._manifest.fragment_of(verdict.slot) or verdict.slot > now_slot + 1:
+            raise WireError(Refusal.MALFORMED, "a certificate of a slot that cannot have one")
+        if verdict.update_bytes > self._manifest.update_bytes_max(verdict.fragment):
+            raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
+        if self._rounds.could_decide(verdict, {peer for peer, _ in certificate.signatures}):
+            return
+        # Its signers may be gone since: then it counts if as many live peers as there are, up to two, have applied it.
+        witnesses = [member for member in self._roster.live(now_slot) if member.ready_slot >= 0]
+        if sum(certificate.name in member.recent for member in witnesses) < max(1, min(2, len(witnesses))):
+            raise WireError(Refusal.NOT_COMMITTEE, "a certificate signed by peers that could not decide that slot")
+
+    def take(self, certificate: Certificate, now_slot: int) -> None:
+        """A certificate that may stand: undo what it replaces, fetch its update. Raises WireError if it may not."""
+        verdict = certificate.verdict
+        if not self._manifest.holds(self._tier, verdict.fragment):
+            self.settle(verdict.slot, certificate)
+            return
+        news, loser = self._history.accept(certificate, now_slot)
+        if not news:
+            return
+        if loser is not None:
+            self._emit(events.UpdateDue(loser.certificate, loser.acknowledged, undo=True))
+        for share in verdict.shares:
+            if member := self._roster.get(share.commitment.peer):
+                member.merged += 1
+        self._want(certificate, now_slot)
+
+    def want_updates(self, now_slot: int) -> None:
+        """Ask once more for the updates that have not come."""
+        for certificate in self._history.missing_updates():
+            self._want(certificate, now_slot)
+
+    def _want(self, certificate: Certificate, now_slot: int) -> None:
+        verdict = certificate.verdict
+        signers = [peer for peer, _ in certificate.signatures if peer != verdict.owner]
+        others = [m.peer for m in self._roster.live(now_slot) if certificate.name in m.recent]
+        holders = tuple(dict.fromkeys([verdict.owner, *others, *signers]))
+        self._emit(events.BlobWanted(verdict.update_digest, verdict.update_bytes, holders))
+
+    def update_arrived(self, digest: bytes) -> None:
+        """An update is here: apply what waits for it, and take back what it holds of this peer's own work."""
+        for entry in self._history.waiting_for(digest):
+            certificate = entry.certificate
+            share = certificate.verdict.share_of(self._me)
+            mine = self._history.offers.get(certificate.verdict.slot)
+            entry.handed = True
+            entry.acknowledged = mine if share and share.commitment.payload_digest == mine else None
+            self._emit(events.UpdateDue(certificate, entry.acknowledged))
+            self.settle(certificate.verdict.slot, certificate)
+
+    def settle(self, slot: int, certificate: Certificate | None) -> None:
+        """Report what became of a slot, once; None if its time is over."""
+        if slot in self._settled or slot <= self._start_slot:
+            return
+        self._settled.add(slot)
+        mine = self._history.offers.get(slot)
+        share = certificate.verdict.share_of(self._me) if certificate else None
+        merged = share is not None and share.commitment.payload_digest == mine
+        fragment = self._manifest.fragment_of(slot)
+        self._emit(events.SlotSettled(slot, fragment, certificate, mine is not None, merged))
+
+    def forget(self, now_slot: int) -> None:
+        """Let go of what is beyond the horizon."""
+        self._settled = {s for s in self._settled if s > now_slot - self._history.horizon}
+        self._asked = {digest: s for digest, s in self._asked.items() if s >= now_slot - 1}
