@@ -35,7 +35,6 @@ class Totals:
 
     tokens: int = 0
     merged: int = 0
-    unacknowledged: int = 0
     certificates: int = 0
 
 
@@ -104,7 +103,6 @@ def to_content(saved: Saved, protocol: dict[str, Any]) -> dict[str, Any]:
         "totals": {
             "tokens": saved.totals.tokens,
             "merged": saved.totals.merged,
-            "unacknowledged": saved.totals.unacknowledged,
             "certificates": saved.totals.certificates,
         },
         "peers": {peer_id_text(peer): list(addresses) for peer, addresses in saved.peers.items()},

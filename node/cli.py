@@ -107,7 +107,7 @@ def join(
     from braniac.node.logs import configure_logging
 
     configure_logging(settings.log.level, settings.log.format)
-    from braniac.node.daemon import run_daemon
+    from braniac.node.service import run_daemon
 
     raise typer.Exit(run_daemon(settings))
 

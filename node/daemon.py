@@ -1,36 +1,25 @@
-"""The daemon, and the data path of a node: join -> train -> compress -> offer -> merge -> apply -> checkpoint.
+"""The data path of a node: join -> train -> compress -> offer -> merge -> apply -> checkpoint.
 
-One event loop, one trainer thread, p2pd as the only other process. The protocol engine decides and this file
-carries out: `_drive` gives it time and sends what it says, `_obey` starts what it asks for, `_work` does, in order,
-all that changes weights and anchors.
+The protocol engine decides and this file carries out: `drive` gives it time and sends what it says, `_obey` starts
+what it asks for, `work` does, in order, all that changes weights and anchors. How a node starts and ends is in
+service.py; it trains in a thread of its own (trainer_thread.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
-import signal
-import sys
 from collections import Counter
 from collections.abc import Coroutine
 
 import structlog
 
-from braniac.node import identity_file, joiner
-from braniac.node.clock import Clock, SwarmClock, SystemClock
-from braniac.node.config import NodeConfig
-from braniac.node.control import ControlServer
-from braniac.node.exchange import BlobUnavailable, Exchange
-from braniac.node.logs import route_hivemind
-from braniac.node.metrics import EventLoopLag, Metrics
-from braniac.node.metrics_server import MetricsServer
-from braniac.node.network import Network, TransportFactory
+from braniac.node import joiner
+from braniac.node.exchange import BlobUnavailable
 from braniac.node.replica import Prepared, Replica, clipped
-from braniac.node.startup import Equipment, Membership, equip, join_run
+from braniac.node.startup import Equipment, Membership
 from braniac.node.status import Status
-from braniac.node.store import BlobMissing, DiskFull, Store
-from braniac.node.transport_libp2p import LibP2PTransport
+from braniac.node.store import BlobMissing, DiskFull
 from braniac.protocol import events, limits
 from braniac.protocol.engine import Engine
 from braniac.protocol.errors import WireError
@@ -42,35 +31,27 @@ log = structlog.get_logger(__name__)
 
 _MESSAGES_PER_PEER_MAX = 16  # in flight: a peer that does not answer must not collect tasks
 _DISK_RETRY_S = 1.0
-_SWITCH_INTERVAL_S = 0.001  # the trainer holds the interpreter's lock; the event loop must get it back quickly
-
-
-class _Left(Exception):
-    """Ends the tasks of a node that has handed over."""
 
 
 class Daemon:
-    """One node, from start to leave."""
+    """One node's part in a run."""
 
     def __init__(
-        self, config: NodeConfig, clock: Clock, start_transport: TransportFactory = LibP2PTransport.start
+        self,
+        node: Equipment,
+        membership: Membership,
+        replica: Replica,
+        engine: Engine,
+        status: Status,
+        tasks: asyncio.TaskGroup,
     ) -> None:
-        """Takes the state directory. Raises AlreadyRunning, ConfigError, IdentityFileError."""
-        metrics = Metrics(importlib.metadata.version("braniac-node"), limits.PROTOCOL_VERSION)
-        store = Store.open(config.state.dir, keep=config.state.keep_generations)
-        identity_path = config.state.dir / "identity.key"
-        identity = identity_file.load_or_create(identity_path)
-        network = Network(config.network, identity_path, identity, clock, start_transport=start_transport)
-        swarm_clock = SwarmClock(clock)
-        exchange = Exchange(store, metrics, clock, swarm_clock, config.network.call_timeout_s)
-        self.node = Equipment(config, clock, swarm_clock, metrics, store, identity, network, exchange)
-        self.lag = EventLoopLag(metrics.event_loop_lag, clock)
-        self.status = Status(self.node, self.lag, self.leave)
-        self._membership: Membership
-        self._replica: Replica
-        self._engine: Engine
-        self._tasks: asyncio.TaskGroup
-        self._main: asyncio.Task[None] | None = None
+        """`tasks` is where fetches, merges and messages run while `drive` and `work` go on."""
+        self.node = node
+        self._membership = membership
+        self._replica = replica
+        self._engine = engine
+        self._status = status
+        self._tasks = tasks
         self._wake = asyncio.Event()
         self._leaving = asyncio.Event()
         self._at_rest = asyncio.Event()
@@ -80,79 +61,23 @@ class Daemon:
         self._in_flight: Counter[PeerId] = Counter()
         self._bar: joiner.DownloadBar | None = None
 
-    # --- life --------------------------------------------------------------------------------------------------------
+    # --- beginning and end -------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Take part in the run until told to leave. Raises what node, model and protocol raise."""
-        self._main = asyncio.current_task()
-        node = self.node
-        async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(contextlib.suppress(asyncio.CancelledError))  # `leave` ends a node also while it starts
-            stack.callback(node.store.close)
-            await stack.enter_async_context(ControlServer(node.config.control_socket, self.status))
-            if node.config.metrics.enabled:
-                server = MetricsServer(node.metrics, node.config.metrics.host, node.config.metrics.port)
-                await stack.enter_async_context(server)
-                log.info("serving metrics", url=f"http://{node.config.metrics.host}:{server.port}/metrics")
-            await node.network.start(node.exchange.answer)
-            stack.push_async_callback(node.network.close)
-            await self._take_part()
-
-    def leave(self, *, now: bool = False) -> None:
-        """Hand over and stop; at once if `now`, if asked twice, or if there is no run yet."""
-        assert self._main is not None
-        at_once = now or self._leaving.is_set() or self.status.engine is None
-        if at_once and not self._main.cancelling():  # a third signal must not stop the cleaning up
-            self._main.cancel()
-        self._leaving.set()
-
-    async def _take_part(self) -> None:
-        """The node's life in a run."""
-        node = self.node
-        self._membership = await join_run(node)
-        manifest, saved = self._membership.manifest, self._membership.saved
-        async with equip(node, self._membership) as (self._replica, self._engine):
-            if saved is None and self._replica.anchors:
-                await self._commit()  # a founder killed right now must find its run again, not found another
-            await node.network.open_directory(manifest.run_id)
-            self._open_for_business()
-            known = [address for addresses in (saved.peers if saved else {}).values() for address in addresses]
-            try:
-                async with asyncio.TaskGroup() as self._tasks:
-                    self._spawn(self.lag.run())
-                    self._spawn(node.network.keep_alive())
-                    self._spawn(node.network.keep_knocking([*node.network.bootstrap, *known], self._introduce))
-                    self._spawn(node.network.keep_listed(self._engine.tier, self._introduce))
-                    self._spawn(joiner.check_run(node.network, node.exchange, manifest))
-                    self._spawn(self._replica.trainer.wait_failed())
-                    self._spawn(self._drive())
-                    self._spawn(self._work())
-                    self._spawn(self._hand_over())
-            except* _Left:
-                await self._say_goodbye()
-
-    def _open_for_business(self) -> None:
+    def open(self) -> None:
         """Let peers in, and begin to train if all anchors are here."""
         node, engine = self.node, self._engine
-        self._engine.addresses = tuple(node.network.transport.addresses())
-        self.status.take_part(engine, self._replica)
+        engine.addresses = tuple(node.network.transport.addresses())
+        self._status.take_part(engine, self._replica)
         node.exchange.manifest, node.exchange.engine = self._membership.signed, engine
         node.exchange.on_input = self._wake.set
         node.exchange.is_anchor = self._replica.is_anchor
         node.exchange.synchronised = True
-        log.info("taking part", run_id=engine.manifest.run_id.hex(), name=engine.manifest.name, tier=engine.tier)
-        for address in engine.addresses:
-            log.info("listening", address=address)
-        # On stdout, for scripts and for people to copy; everything else is the log's.
-        sys.stdout.write(f"run {engine.manifest.run_id.hex()}\n")
-        sys.stdout.writelines(f"join with: braniac-node join --peers {address}\n" for address in engine.addresses)
-        sys.stdout.flush()
         missing = [f for f in engine.manifest.held(engine.tier) if f not in engine.anchors()]
         if missing:
             node.metrics.set_state("joining")
             self._bar = joiner.DownloadBar(sum(map(self._replica.anchor_bytes, missing)))
             self._bar.start()
-            self.status.bar = self._bar
+            self._status.bar = self._bar
         else:
             self._begin_training()
 
@@ -165,26 +90,24 @@ class Daemon:
         self.node.metrics.set_state("training")
         self._engine.set_ready()
         self._replica.trainer.train()
-        self.status.training_began()
+        self._status.training_began()
 
-    async def _hand_over(self) -> None:
-        """When told to leave: finish the slots in hand, serve what only this node has, save."""
-        await self._leaving.wait()
-        engine = self._engine
+    async def hand_over(self) -> None:
+        """Finish the slots in hand, serve what only this node has, save."""
         log.info("leaving: finishing the slot in hand")
+        self._leaving.set()
         self.node.metrics.set_state("leaving")
         self._replica.trainer.pause()
-        engine.retire()
+        self._engine.retire()
         self._wake.set()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(3 * engine.manifest.slot_s):
+            async with asyncio.timeout(3 * self._engine.manifest.slot_s):
                 await self._at_rest.wait()
         await self._ordered.join()
         with contextlib.suppress(DiskFull):
-            await self._commit()
-        raise _Left
+            await self.commit()
 
-    async def _say_goodbye(self) -> None:
+    async def say_goodbye(self) -> None:
         """The last words, when nothing else is said any more: a heartbeat after them would bring this node back."""
         self._engine.goodbye()
         async with asyncio.TaskGroup() as farewell:
@@ -194,7 +117,7 @@ class Daemon:
 
     # --- the engine's time, messages and events ----------------------------------------------------------------------
 
-    async def _drive(self) -> None:
+    async def drive(self) -> None:
         """Give the engine the time, send what it says, do what it asks for."""
         engine, clock = self._engine, self.node.swarm_clock
         while True:
@@ -231,7 +154,7 @@ class Daemon:
                 self._engine.tokens_per_s = self._replica.trainer.progress.tokens_per_s
                 self._engine.addresses = tuple(self.node.network.transport.addresses())
                 self.node.swarm_clock.adjust()
-                self.status.slot_began(event)
+                self._status.slot_began(event)
             case events.FragmentDue() | events.UpdateDue():
                 self._ordered.put_nowait(event)
             case events.BlobWanted():
@@ -246,16 +169,16 @@ class Daemon:
                 self._spawn(self._begin_fragment(fragment))
             case events.PeerMentioned(peer, addresses):
                 self.node.network.remember(peer, addresses)
-                self._introduce(peer)
+                self.introduce(peer)
             case events.PeerJoined(peer, tier, addresses):
                 self.node.network.remember(peer, addresses)
                 log.info("a peer joined", peer=short_name(peer), tier=tier)
             case events.PeerLeft(peer, said_goodbye):
                 log.info("a peer left" if said_goodbye else "a peer fell silent", peer=short_name(peer))
             case events.SlotSettled() | events.Equivocated():
-                self.status.report(event)
+                self._status.report(event)
 
-    def _introduce(self, peer: PeerId) -> None:
+    def introduce(self, peer: PeerId) -> None:
         self._engine.introduce(peer)
         self._wake.set()
 
@@ -264,7 +187,7 @@ class Daemon:
 
     # --- the data path -----------------------------------------------------------------------------------------------
 
-    async def _work(self) -> None:
+    async def work(self) -> None:
         """All that changes weights, anchors or generations, one at a time and in the engine's order."""
         while True:
             job = await self._ordered.get()
@@ -293,28 +216,33 @@ class Daemon:
                     await self._restore(job)
         except DiskFull as error:
             self.node.metrics.checkpoint_failures.inc()
-            self.status.trouble("disk", str(error))
+            self._status.trouble("disk", str(error))
             return isinstance(job, events.FragmentDue) or self._leaving.is_set()
+        except BlobMissing as error:
+            # The disk has lost an anchor or an update: in this fragment we are like a joiner, and ask the others.
+            log.error("a fragment is damaged on disk, downloading it", fragment=job.fragment, reason=str(error))
+            self._replica.lose(job.fragment)
+            self._engine.fragment_damaged(job.fragment)
         return True
 
     async def _contribute(self, slot: int, fragment: int) -> None:
         """Compress the uncommitted work on the fragment that is due, make it durable, offer it."""
         if slot < self._engine.slot - limits.PROPOSAL_OPEN_SLOTS or fragment not in self._replica.anchors:
             return
-        with self.status.phase("compress"):
+        with self._status.phase("compress"):
             prepared = await self._replica.compress(fragment)
             self._replica.pin(prepared.digest, slot)
-        with self.status.phase("checkpoint"):
-            await self._commit((slot, prepared))
+        with self._status.phase("checkpoint"):
+            await self.commit((slot, prepared))
         self._engine.offer(slot, prepared.digest, prepared.size, prepared.tokens)
         self._engine.blob_fetched(prepared.digest, True, self.node.swarm_clock.now())
-        self.status.offered(slot, prepared.size)
+        self._status.offered(slot, prepared.size)
 
     async def _apply(self, update: events.UpdateDue) -> None:
         """Apply a certificate: the anchor moves, the weights follow, own work that was taken is subtracted."""
         if update.fragment not in self._engine.history.last:
             return  # the fragment was lost meanwhile: the update is in what is downloaded, or comes again
-        with self.status.phase("apply"):
+        with self._status.phase("apply"):
             try:
                 state = await self._replica.apply(update)
             except WireError as error:  # a committee that signed nonsense: nobody can apply it, so nobody does
@@ -327,7 +255,7 @@ class Daemon:
         if update.undo:
             self.node.metrics.divergences.labels("fork").inc()
         elif clipped(update, self.node.identity.peer_id):
-            self.status.forfeit("clipped")
+            self._status.forfeit("clipped")
 
     async def _restore(self, state: FragmentState) -> None:
         """A fragment was downloaded: take it over."""
@@ -340,26 +268,26 @@ class Daemon:
             return
         self._engine.fragment_restored(state)
         if again:
-            self.status.forfeit("too_old")
+            self._status.forfeit("too_old")
             self.node.metrics.divergences.labels("digest").inc()
         elif len(self._engine.anchors()) == len(self._engine.manifest.held(self._engine.tier)):
             self._begin_training()
 
-    async def _commit(self, offer: tuple[int, Prepared] | None = None) -> None:
+    async def commit(self, offer: tuple[int, Prepared] | None = None) -> None:
         """Make a generation: what a crash from now on goes back to."""
         now = self.node.swarm_clock.now()
         clock = (now - self.node.clock.wall(), now)
         peers = self.node.network.known_peers()
         await self._replica.commit(self._engine, self._membership.incarnation, clock, peers, offer)
         self.node.metrics.checkpoint_generation.set(self._replica.generation)
-        self.status.trouble("disk", "")
+        self._status.trouble("disk", "")
 
     async def _fetch(self, wanted: events.BlobWanted) -> None:
         """Bring a contribution or an update here."""
         self._replica.pin(wanted.digest, self._engine.slot)
         ok = True
         try:
-            with self.status.phase("fetch"):
+            with self._status.phase("fetch"):
                 transport = self.node.network.transport
                 await self.node.exchange.fetch(transport, wanted.digest, wanted.size, wanted.holders)
         except (BlobUnavailable, DiskFull) as error:
@@ -373,7 +301,7 @@ class Daemon:
     async def _merge(self, due: events.MergeDue) -> None:
         """Merge the contributions to a slot that this node owns."""
         merged: Merged | None = None
-        with self.status.phase("merge"):
+        with self._status.phase("merge"):
             try:
                 merged = await asyncio.to_thread(self._merge_now, due)
             except (BlobMissing, DiskFull) as error:
@@ -418,7 +346,7 @@ class Daemon:
         try:
             state = await asyncio.to_thread(self._replica.initial_state, fragment, self._engine.slot)
         except DiskFull as error:
-            self.status.trouble("disk", str(error))
+            self._status.trouble("disk", str(error))
             self._engine.fragment_unavailable(fragment)
             return
         self._ordered.put_nowait(state)
@@ -427,24 +355,3 @@ class Daemon:
 
 def _ignore(count: int) -> None:
     """Nobody watches this download."""
-
-
-def run_daemon(config: NodeConfig) -> int:
-    """Run a node in the foreground: the exit code."""
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    route_hivemind()
-
-    async def main() -> None:
-        daemon = Daemon(config, SystemClock())
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, daemon.leave)
-        await daemon.run()
-
-    if sys.platform == "win32":
-        asyncio.run(main())
-    else:
-        import uvloop
-
-        uvloop.run(main())
-    return 0

@@ -22,6 +22,7 @@ from braniac.protocol.manifest import Manifest
 log = structlog.get_logger(__name__)
 
 _RETRY_S = 2.0
+_ASKED_MAX = 16  # peers asked for the time: more would not make their median better
 _TIME_S = 3.0  # how long a restart waits for others to say what time it is
 
 
@@ -92,7 +93,7 @@ async def ask_the_time(network: Network, exchange: Exchange, addresses: Iterable
                 exchange.swarm_clock.forget(peer)
 
     async with asyncio.TaskGroup() as group:
-        for address in set(addresses):
+        for address in list(dict.fromkeys(addresses))[:_ASKED_MAX]:
             group.create_task(ask(address))
 
 

@@ -29,6 +29,7 @@ _WINDOWS = 64  # of the held-out text
 
 def load(state_dir: Path) -> tuple[Store, Saved, GPT]:
     """The newest whole generation's own weights. Raises StateError."""
+    torch.set_num_threads(1)  # models this small only lose by being shared between threads
     store = Store.look(state_dir)
     generation = store.recover()
     if generation is None:

@@ -94,6 +94,10 @@ class Replica:
         self.pin(hashlib.sha256(data).digest(), slot)
         return FragmentState(fragment, -1, self._store.put(data))
 
+    def lose(self, fragment: int) -> None:
+        """Its anchor cannot be read any more; the weights stay as they are until it is downloaded."""
+        self.anchors.pop(fragment, None)
+
     def is_anchor(self, digest: bytes) -> bool:
         """Whether a blob is one of the anchors held here, or was one lately."""
         return digest in self._former or any(state.digest == digest for state in self.anchors.values())

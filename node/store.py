@@ -229,7 +229,7 @@ class Store:
         except ValueError as error:
             raise StateError(f"the manifest of generation {number} is damaged: {error}") from None
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in (errno.EIO, errno.ENOENT):  # gone: a daemon swept it while we looked
                 raise
             raise StateError(f"the manifest of generation {number} cannot be read: {error}") from None
 

@@ -41,6 +41,11 @@ class Agreement:
         self.mine[state.fragment] = state
         self._asked.pop(state.fragment, None)
 
+    def forget(self, fragment: int) -> None:
+        """The anchor is not here any more."""
+        self.mine.pop(fragment, None)
+        self._asked.pop(fragment, None)
+
     def ask_again(self, fragment: int) -> None:
         """A download failed: the next review may choose anew."""
         self._asked.pop(fragment, None)

@@ -170,6 +170,11 @@ class Engine:
         """Answer to FragmentLost: nobody could deliver it; the next heartbeats say what to ask for instead."""
         self._agreement.ask_again(fragment)
 
+    def fragment_damaged(self, fragment: int) -> None:
+        """The anchor was lost on disk: it is downloaded like a joiner's."""
+        self.history.lose(fragment)
+        self._agreement.forget(fragment)
+
     @property
     def busy(self) -> bool:
         """Whether something is still open that others or this peer's own work wait for."""

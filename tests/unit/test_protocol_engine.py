@@ -320,6 +320,17 @@ def test_a_diverged_anchor_is_replaced_by_the_majoritys() -> None:
     assert victim.engine._agreement.disagreements >= 1
 
 
+def test_an_anchor_that_the_disk_has_lost_is_downloaded() -> None:
+    swarm = Swarm.running([0] * 3)
+    victim = swarm.peers[1]
+    victim.engine.fragment_damaged(1)
+    assert 1 not in victim.engine.anchors()
+    assert victim.engine.ready
+    converge(swarm, WINDOW)
+    assert [e.state.fragment for e in victim.log if isinstance(e, events.FragmentLost)][-1] == 1
+    assert 1 in victim.engine.anchors()
+
+
 def test_an_update_in_the_queue_is_not_applied_to_the_downloaded_anchor() -> None:
     """The download holds it already: applied once more it would split the swarm again."""
     swarm = Swarm.running([0] * 4)

@@ -15,9 +15,9 @@ import pytest
 from braniac.node import identity_file, offline
 from braniac.node.clock import SystemClock
 from braniac.node.config import DataSection, MetricsSection, NetworkSection, NodeConfig, StateSection, TrainSection
-from braniac.node.daemon import Daemon
 from braniac.node.errors import Incompatible
 from braniac.node.p2pd import P2pdOptions
+from braniac.node.service import Service
 from braniac.node.store import Store
 from braniac.node.transport_memory import MemoryNetwork, MemoryTransport
 from braniac.protocol.manifest import Manifest
@@ -34,7 +34,7 @@ class Swarm:
         self.root = root
         self.memory = MemoryNetwork()
         self.manifest: Manifest = write_run(root / "n0", SLOT_MS, epoch_s=time.time())
-        self.daemons: list[Daemon] = []
+        self.daemons: list[Service] = []
         self.tasks: list[asyncio.Task[None]] = []
         (root / "text.txt").write_bytes(TEXT.tobytes())
 
@@ -55,18 +55,18 @@ class Swarm:
         """Where the first daemon is."""
         return self.daemons[0].node.network.transport.addresses()[0]
 
-    def start(self, name: str, tier: int, peers: tuple[str, ...] = ()) -> Daemon:
-        daemon = Daemon(self.config(name, tier, peers), SystemClock(), self._start_transport)
+    def start(self, name: str, tier: int, peers: tuple[str, ...] = ()) -> Service:
+        daemon = Service(self.config(name, tier, peers), SystemClock(), self._start_transport)
         self.daemons.append(daemon)
         self.tasks.append(asyncio.ensure_future(daemon.run()))
         return daemon
 
-    async def found(self) -> Daemon:
+    async def found(self) -> Service:
         daemon = self.start("n0", 0)
         await self.until(lambda: daemon.node.metrics.state == "training")
         return daemon
 
-    async def join(self, name: str, tier: int) -> Daemon:
+    async def join(self, name: str, tier: int) -> Service:
         daemon = self.start(name, tier, (self.door,))
         await self.until(lambda: daemon.node.metrics.state == "training")
         return daemon
@@ -80,7 +80,7 @@ class Swarm:
                 await task
         assert condition()
 
-    async def ended(self, daemon: Daemon) -> None:
+    async def ended(self, daemon: Service) -> None:
         """Wait for a daemon's end, and raise what ended it."""
         task = self.tasks.pop(self.daemons.index(daemon))
         self.daemons.remove(daemon)
@@ -98,17 +98,17 @@ async def swarm(tmp_path: Path) -> AsyncIterator[Swarm]:
     await asyncio.gather(*swarm.tasks, return_exceptions=True)
 
 
-def contributors(daemon: Daemon) -> set[int]:
+def contributors(daemon: Service) -> set[int]:
     """How many contributions the certificates held that this daemon saw."""
     return {record.contributors for record in daemon.status.status(0).slots if record.certificate}
 
 
-def certified(daemon: Daemon) -> dict[int, bytes]:
+def certified(daemon: Service) -> dict[int, bytes]:
     """slot -> certificate."""
     return {record.slot: record.certificate for record in daemon.status.status(0).slots if record.certificate}
 
 
-def agree(first: Daemon, second: Daemon) -> bool:
+def agree(first: Service, second: Service) -> bool:
     """Whether both show the same last slot and bytes of every fragment that both hold, each merged at least once."""
     ours = {s.fragment: (s.slot, s.digest) for s in first.status.engine.anchors().values()}  # type: ignore[union-attr]
     theirs = {s.fragment: (s.slot, s.digest) for s in second.status.engine.anchors().values()}  # type: ignore[union-attr]
@@ -145,7 +145,20 @@ async def test_two(swarm: Swarm) -> None:
     assert again.status.engine is not None
     founder.leave()
     await swarm.ended(founder)
-    assert not founder._in_flight
+    assert not founder.daemon._in_flight
+
+
+async def test_a_lost_anchor_is_downloaded_again(swarm: Swarm) -> None:
+    founder = await swarm.found()
+    joiner = await swarm.join("n1", 0)
+    await swarm.until(lambda: agree(founder, joiner))
+    assert joiner.daemon is not None
+    for state in joiner.daemon._replica.anchors.values():
+        name = state.digest.hex()
+        (swarm.root / "n1" / "blobs" / name[:2] / name).unlink(missing_ok=True)
+    await swarm.until(lambda: joiner.status.status(0).forfeited["too_old"] > 0)
+    await swarm.until(lambda: agree(founder, joiner))
+    assert joiner.node.metrics.state == "training"
 
 
 async def test_late(swarm: Swarm) -> None:
@@ -161,7 +174,7 @@ async def test_late(swarm: Swarm) -> None:
     assert founder.node.exchange.sent["anchor"] >= status.join_bytes_needed
     await swarm.until(lambda: 2 in contributors(small))
     await swarm.until(lambda: agree(founder, small))
-    assert set(small._replica.anchors) == set(held)
+    assert set(small.daemon._replica.anchors) == set(held)
     for daemon in (small, founder):
         daemon.leave()
         await swarm.ended(daemon)
@@ -177,7 +190,7 @@ async def test_leave_while_joining(swarm: Swarm, monkeypatch: pytest.MonkeyPatch
     assert joiner.node.metrics.state == "joining"
     joiner.leave()
     await swarm.ended(joiner)
-    founder.node.exchange.is_anchor = founder._replica.is_anchor
+    founder.node.exchange.is_anchor = founder.daemon._replica.is_anchor
     assert joiner.status.engine is not None
     assert not joiner.status.engine.ready
     again = await swarm.join("n1", 0)
@@ -199,14 +212,14 @@ async def test_leave_before_a_run_is_found(swarm: Swarm) -> None:
 
 async def test_leave_twice_is_now(swarm: Swarm) -> None:
     founder = await swarm.found()
-    founder._at_rest.clear()
-    founder._engine.retire()
-    generation = founder._replica.generation
+    founder.daemon._at_rest.clear()
+    founder.daemon._engine.retire()
+    generation = founder.daemon._replica.generation
     founder.leave()
     founder.leave()
     founder.leave()  # impatience does no harm
     await swarm.ended(founder)
-    assert founder._replica.generation <= generation + 1
+    assert founder.daemon._replica.generation <= generation + 1
     Store.open(swarm.root / "n0").close()
 
 
@@ -234,7 +247,7 @@ async def test_a_founder_that_is_killed_at_once_finds_its_run_again(tmp_path: Pa
     )
     runs = []
     for _ in range(2):
-        daemon = Daemon(config, SystemClock(), start_transport)
+        daemon = Service(config, SystemClock(), start_transport)
         task = asyncio.ensure_future(daemon.run())
         await until(lambda task=task, daemon=daemon: task.done() or daemon.status.engine is not None, LOOK_S)
         runs.append(daemon.status.status(0).run_id)
