@@ -83,7 +83,7 @@ def test_a_value_from_a_peer_cannot_forge_a_line(format: str) -> None:
     stream = io.StringIO()
     configure_logging("info", format, stream)  # type: ignore[arg-type]
     structlog.get_logger("braniac.node.daemon").info("refused", agent="x\n2026 [info] all is well \x1b[2J\u202e")
-    logging.getLogger("hivemind").warning("peer says %s", "x\r\nfake")
+    logging.getLogger("elsewhere").warning("peer says %s", "x\r\nfake")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2
     assert all(line.isprintable() for line in lines)
