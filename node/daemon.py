@@ -66,7 +66,7 @@ class Daemon:
     def open(self) -> None:
         """Let peers in, and begin to train if all anchors are here."""
         node, engine = self.node, self._engine
-        engine.addresses = tuple(node.network.transport.addresses())
+        engine.addresses = node.network.public_addresses()
         self._status.take_part(engine, self._replica)
         node.exchange.manifest, node.exchange.engine = self._membership.signed, engine
         node.exchange.on_input = self._wake.set
@@ -152,7 +152,7 @@ class Daemon:
         match event:
             case events.SlotBegan():
                 self._engine.tokens_per_s = self._replica.trainer.progress.tokens_per_s
-                self._engine.addresses = tuple(self.node.network.transport.addresses())
+                self._engine.addresses = self.node.network.public_addresses()
                 self.node.swarm_clock.adjust()
                 self._status.slot_began(event)
             case events.FragmentDue() | events.UpdateDue():

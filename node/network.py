@@ -28,6 +28,7 @@ from braniac.protocol.identity import Identity, PeerId, short_name
 
 log = structlog.get_logger(__name__)
 
+_LOOPBACK = ("/ip4/127.", "/ip6/::1/")
 _RETRY_S_MIN = 0.5
 _RETRY_S_MAX = 60.0
 _RECORD_TTL_S = 120.0
@@ -75,6 +76,14 @@ class Network:
         """The living transport."""
         assert self._transport is not None, "start() comes first"
         return self._transport
+
+    def public_addresses(self) -> tuple[str, ...]:
+        """Where others may find this node: without its loopback addresses, unless it has no others.
+
+        On another machine a loopback address leads to that machine itself.
+        """
+        every = tuple(self.transport.addresses())
+        return tuple(address for address in every if not address.startswith(_LOOPBACK)) or every
 
     async def start(self, handler: Handler) -> None:
         """Bind and answer requests. Raises ConfigError, ResourceError."""
@@ -233,7 +242,7 @@ class Network:
                 f"another node announces itself with this node's identity {self._identity_path}: "
                 "stop the copy, or give it a --state-dir of its own"
             )
-        record = Record(tuple(self.transport.addresses()), tier, limits.PROTOCOL_VERSION)
+        record = Record(self.public_addresses(), tier, limits.PROTOCOL_VERSION)
         await directory.announce(record, _RECORD_TTL_S)
 
 

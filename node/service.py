@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import signal
 import sys
+from collections.abc import Iterable
 
 import structlog
 
@@ -102,7 +103,7 @@ class Service:
                     if saved is None and replica.anchors:
                         await daemon.commit()  # a founder killed right now must find its run again, not found another
                     daemon.open()
-                    _say_how_to_join(engine)
+                    _say_how_to_join(engine, node.network.transport.addresses())
                     for part in (
                         self.lag.run(),
                         node.network.keep_alive(),
@@ -124,12 +125,12 @@ class Service:
         raise _Left
 
 
-def _say_how_to_join(engine: Engine) -> None:
+def _say_how_to_join(engine: Engine, addresses: Iterable[str]) -> None:
     """In the log, and on stdout for scripts and for people to copy."""
     run_id = engine.manifest.run_id.hex()
     log.info("taking part", run_id=run_id, name=engine.manifest.name, tier=engine.tier)
     sys.stdout.write(f"run {run_id}\n")
-    for address in engine.addresses:
+    for address in addresses:
         log.info("listening", address=address)
         sys.stdout.write(f"join with: braniac-node join --peers {address}\n")
     sys.stdout.flush()

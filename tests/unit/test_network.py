@@ -260,3 +260,16 @@ async def test_the_directory_may_fail_as_it_likes(
     assert not listed.done()
     assert not knocking.done()
     assert len(answered) > 3
+
+
+async def test_loopback_addresses_are_told_to_others_only_if_there_are_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(MemoryNetwork(), tmp_path / "n")
+    await node.network.start(echo)
+    peer = node.identity.peer_id
+    here, there = address_of(peer, "127.0.0.1"), address_of(peer)
+    for known, told in (([here, there], (there,)), ([here], (here,)), ([there], (there,)), ([], ())):
+        monkeypatch.setattr(node.network.transport, "addresses", lambda known=known: list(known))
+        assert node.network.public_addresses() == told
+    await node.network.close()
