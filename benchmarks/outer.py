@@ -14,16 +14,17 @@ import json
 
 import torch
 
-from braniac.model.config import PRESETS
+from braniac.model.config import PRESETS, ModelConfig
 from braniac.model.data import Batches
 from braniac.model.evaluate import held_out_loss
-from braniac.model.fragments import fragment_table, scatter_
+from braniac.model.fragments import Fragment, fragment_table, scatter_
 from braniac.model.gpt import GPT
-from braniac.model.sources import TextSource
+from braniac.model.sources import Corpus, TextSource
 from braniac.model.tiers import tier_width
 from braniac.model.trainer import Trainer, TrainSettings
 from braniac.node import bridge
 from braniac.protocol import codec, ledger
+from braniac.protocol.bitpack import Int32Array
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest, MergeRules
@@ -109,11 +110,13 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _windows(config, corpus, seed):  # type: ignore[no-untyped-def]
+def _windows(config: ModelConfig, corpus: Corpus, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return Batches(corpus, seed, b"evaluation", config.context, 1).held_out(64)
 
 
-def _losses(config, fragments, anchors, corpus, seed) -> dict[int, float]:  # type: ignore[no-untyped-def]
+def _losses(
+    config: ModelConfig, fragments: tuple[Fragment, ...], anchors: dict[int, Int32Array], corpus: Corpus, seed: int
+) -> dict[int, float]:
     model = GPT(config, 0)
     parameters = dict(model.named_parameters())
     for fragment in fragments:

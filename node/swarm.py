@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,7 +117,7 @@ class Swarm:
         for peer in self.peers[1:]:
             await self._start(peer, joins=True)
         for peer in self.peers[1:]:
-            await self._until(lambda peer=peer: self._is(peer, "training"))  # type: ignore[misc]
+            await self._until(partial(self._is, peer, "training"))
 
     async def _start(self, peer: Peer, *, joins: bool) -> None:
         options = self.options
@@ -158,7 +159,7 @@ class Swarm:
             await self._kill_one(owner=number % 2 == 0)
         await asyncio.sleep(max(0.0, began + options.seconds - loop.time()))
         for peer in self.peers:
-            await self._until(lambda peer=peer: self._is(peer, "training"))  # type: ignore[misc]
+            await self._until(partial(self._is, peer, "training"))
 
     async def _kill_one(self, *, owner: bool) -> None:
         status = await self._until(lambda: self._first_answer())
