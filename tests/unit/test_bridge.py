@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -24,14 +24,12 @@ ANCHORS = arrays(np.int32, st.integers(1, 40), elements=st.integers(-BELOW_16, B
 WEIGHTS = arrays(np.float32, st.integers(1, 40), elements=st.floats(-15.9375, 15.9375, width=32))
 
 
-@settings(derandomize=True)
 @given(ANCHORS)
 def test_anchors_below_16_survive_the_way_to_weights_and_back(anchor: Int32Array) -> None:
     assert np.array_equal(bridge.to_fixed_point(bridge.to_weights(anchor)), anchor)
     assert np.array_equal(bridge.anchor_from_bytes(bridge.anchor_bytes(anchor), len(anchor)), anchor)
 
 
-@settings(derandomize=True)
 @given(WEIGHTS)
 def test_a_weight_is_rounded_by_half_a_unit_at_most(weights: np.ndarray[tuple[int], np.dtype[np.float32]]) -> None:
     fixed = bridge.to_fixed_point(torch.from_numpy(weights))
@@ -39,7 +37,6 @@ def test_a_weight_is_rounded_by_half_a_unit_at_most(weights: np.ndarray[tuple[in
     assert error.max() <= 2.0**-21
 
 
-@settings(derandomize=True)
 @given(ANCHORS, st.booleans(), st.data())
 def test_the_change_of_the_weights_is_what_was_settled_to_the_bit(
     anchor: Int32Array, undo: bool, data: st.DataObject

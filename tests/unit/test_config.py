@@ -165,7 +165,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load("state.dir=~/node").state.dir == Path("/home/somebody/node")
 
 
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(name=TEXT.filter(bool), peers=st.lists(TEXT, max_size=3))
 def test_what_config_show_prints_reads_back(
     tmp_path_factory: pytest.TempPathFactory, name: str, peers: list[str]
@@ -182,7 +182,7 @@ def test_every_setting_is_described() -> None:
     assert len(comments) >= 28
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_no_text_whatever_gets_a_traceback(key: str, value: str) -> None:
     for text in (f"{key}={value}", f"run.name={value}", f"network.peers.{key}={value}", f"train.{key}={value}"):

@@ -56,7 +56,7 @@ def test_the_fragments_of_a_tiers_rings_are_exactly_its_parameters(config: Model
     assert torch.equal(found.sort().values, expected.sort().values)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     heads=st.integers(1, 3),
     half_head=st.integers(1, 25),

@@ -55,7 +55,7 @@ def same(a: Sparse, b: Sparse) -> bool:
 
 
 @given(groups=TILES, rules=RULES, seed=st.integers(0, 1 << 30), kind=KINDS)
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 def test_round_trip(groups: list[tuple[int, int]], rules: CodecRules, seed: int, kind: str) -> None:
     layout = TileLayout(tuple(groups))
     payload, sent = codec.encode_topk(layout, rules, vector_of(layout, seed, kind))
@@ -66,7 +66,7 @@ def test_round_trip(groups: list[tuple[int, int]], rules: CodecRules, seed: int,
 
 
 @given(groups=TILES, rules=RULES, seed=st.integers(0, 1 << 30), kind=KINDS)
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 def test_encoding_what_was_decoded_changes_nothing(
     groups: list[tuple[int, int]], rules: CodecRules, seed: int, kind: str
 ) -> None:
@@ -179,7 +179,7 @@ def test_every_bit_flip_is_legal_or_refused(kind: str) -> None:
 
 
 @given(data=st.binary(max_size=200), header=st.booleans(), n=st.integers(0, 40), rice=st.integers(0, 16))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 def test_any_bytes_are_legal_or_refused(data: bytes, header: bool, n: int, rice: int) -> None:
     if header:
         data = bytes([1, FEW.magnitude_bits, rice, 1]) + n.to_bytes(4, "little") + data

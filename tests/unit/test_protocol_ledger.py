@@ -110,7 +110,7 @@ ACTIONS = st.lists(
 
 
 @given(actions=ACTIONS, seed=st.integers(0, 1 << 20))
-@settings(max_examples=70, deadline=None, derandomize=True)
+@settings(max_examples=70)
 def test_any_history(actions: list[tuple[str, int, list[int], int]], seed: int) -> None:
     """Lost, late, duplicated, undone and replaced certificates; clipped and refused contributions."""
     rng = np.random.default_rng(seed)

@@ -58,7 +58,7 @@ def test_every_field_is_in_the_run_id() -> None:
 
 
 @given(data=st.binary(max_size=120))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ManifestError):
         open_manifest(data, SIGNATURE)
@@ -72,7 +72,7 @@ JSON = st.recursive(
 
 
 @given(field=st.sampled_from(sorted(json.loads(BODY))), value=JSON)
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 def test_any_value_in_any_field_is_a_manifest_or_refused(field: str, value: object) -> None:
     content = json.loads(BODY) | {field: value}
     body = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()

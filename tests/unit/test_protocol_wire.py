@@ -115,7 +115,7 @@ def test_a_stored_certificate_comes_back() -> None:
 
 
 @given(data=st.binary(max_size=300))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 def test_any_bytes_are_refused(data: bytes) -> None:
     for read in (wire.open_envelope, statements.open_certificate):
         with pytest.raises(WireError):
@@ -123,7 +123,7 @@ def test_any_bytes_are_refused(data: bytes) -> None:
 
 
 @given(content=st.binary(max_size=200), kind=st.integers(4, 12))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_any_signed_nonsense_is_a_message_or_refused(content: bytes, kind: int) -> None:
     """A peer may sign whatever it likes: the signature is right, the inside is not."""
     head = pb.Content(run_id=RUN, sender=ME.peer_id, sequence=1).SerializeToString()
