@@ -196,7 +196,8 @@ class Swarm:
         deadline = loop.time() + 60 * self.options.slot_s
         while loop.time() < deadline:
             replies = await asyncio.gather(*(peer.ask() for peer in self.peers))
-            looks = report.compare(reply for reply in replies if reply is not None)
+            answers = [reply for reply in replies if reply is not None]
+            looks = report.compare(answers) if len(answers) == len(self.peers) else {}  # silence is no agreement
             if looks and all(look["agree"] for look in looks.values()):
                 break
             await asyncio.sleep(0.1 * self.options.slot_s)

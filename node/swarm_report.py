@@ -39,7 +39,7 @@ class Observations:
         for state in reply.digests:
             self.states[state.fragment, state.slot].add(state.digest)
         self.last = reply
-        if reply.state == "training":
+        if reply.state in ("training", "degraded"):
             self.steps.append((at, reply.steps))
             self.lag_p99_s = max(self.lag_p99_s, reply.loop_lag_p99_s if reply.uptime_s > 20 else 0.0)
             if self.lives == 1:
@@ -64,15 +64,22 @@ class Observations:
 
 
 def compare(replies: Iterable[StatusReply]) -> dict[int, dict[str, Any]]:
-    """One look at all daemons: per fragment, whether all that hold it show the same slot and bytes."""
+    """One look at all daemons: per fragment, whether all whose tier holds it show it, with the same slot and bytes."""
+    replies = list(replies)
     held: dict[int, set[tuple[int, bytes]]] = defaultdict(set)
     holders: dict[int, int] = defaultdict(int)
     for reply in replies:
         for state in reply.digests:
             held[state.fragment].add((state.slot, state.digest))
             holders[state.fragment] += 1
+    rings = {state.fragment: state.ring for reply in replies for state in reply.digests}
+    due = {f: sum(ring <= reply.tiers - 1 - reply.tier for reply in replies) for f, ring in rings.items()}
     return {
-        fragment: {"agree": len(states) == 1, "slot": max(slot for slot, _ in states), "holders": holders[fragment]}
+        fragment: {
+            "agree": len(states) == 1 and holders[fragment] == due[fragment],
+            "slot": max(slot for slot, _ in states),
+            "holders": holders[fragment],
+        }
         for fragment, states in sorted(held.items())
     }
 
@@ -141,13 +148,18 @@ def checks(result: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def certificate_gap(observations: Iterable[Observations]) -> tuple[float, int, int]:
-    """Longest time between certificates anywhere in the swarm, how many there were, and slots from first to last."""
+    """Longest time without a certificate anywhere in the swarm, how many there were, and slots from first to last.
+
+    The time from the last certificate to the last thing anybody reported counts too: a swarm that stops is a gap.
+    """
     first: dict[int, float] = {}
+    end = float("-inf")
     for observed in observations:
         for record in observed.slots.values():
+            end = max(end, record.at_s)
             if record.certificate:
                 first[record.slot] = min(record.at_s, first.get(record.slot, record.at_s))
-    times = sorted(first.values())
+    times = [*sorted(first.values()), end] if first else []
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     slots = max(first) - min(first) + 1 if first else 0
     return max(gaps, default=float("inf")), len(first), slots

@@ -105,14 +105,33 @@ def test_stalls_are_measured_from_the_last_step_and_not_over_a_kill() -> None:
     assert observations.lives == 2
 
 
+def look(tier: int, digests: dict[int, tuple[int, bytes]]) -> StatusReply:
+    """What a node of two tiers shows: fragment 0 is of the core, fragment 1 of the ring that only tier 0 holds."""
+    found = reply(digests=digests, tier=tier, tiers=2)
+    for state in found.digests:
+        state.ring = state.fragment
+    return found
+
+
 def test_a_look_compares_what_all_hold_now() -> None:
-    a, b = reply(digests={0: (4, b"x"), 1: (5, b"y")}), reply(digests={0: (4, b"x")})
+    a, b = look(0, {0: (4, b"x"), 1: (5, b"y")}), look(1, {0: (4, b"x")})
     assert report.compare([a, b]) == {
         0: {"agree": True, "slot": 4, "holders": 2},
         1: {"agree": True, "slot": 5, "holders": 1},
     }
-    c = reply(digests={0: (4, b"z"), 1: (6, b"y")})
-    assert [look["agree"] for look in report.compare([a, b, c]).values()] == [False, False]
+    c = look(0, {0: (4, b"z"), 1: (6, b"y")})
+    assert [one["agree"] for one in report.compare([a, b, c]).values()] == [False, False]
+
+
+def test_a_node_that_lacks_what_its_tier_holds_does_not_agree() -> None:
+    whole, downloading = look(0, {0: (4, b"x"), 1: (5, b"y")}), look(0, {0: (4, b"x")})
+    assert [one["agree"] for one in report.compare([whole, downloading]).values()] == [True, False]
+
+
+def test_a_swarm_that_stops_is_a_gap() -> None:
+    stopped = observed(reply(record(0, 100.0), record(1, 101.0), record(2, 130.0, certificate=b"")))
+    assert report.certificate_gap([stopped]) == (29.0, 2, 2)
+    assert not build(stopped)["checks"]["certificate_gap_at_most_10_slots"]
 
 
 def test_two_states_of_one_slot_are_a_disagreement_even_if_it_healed() -> None:
