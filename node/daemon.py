@@ -177,6 +177,8 @@ class Daemon:
                 log.info("a peer left" if said_goodbye else "a peer fell silent", peer=short_name(peer))
             case events.SlotSettled() | events.Equivocated():
                 self._status.report(event)
+            case events.IdentityShared():
+                raise self.node.network.identity_shared()
 
     def introduce(self, peer: PeerId) -> None:
         self._engine.introduce(peer)

@@ -228,6 +228,13 @@ class Network:
                 log.warning("the directory failed, trying on", reason=repr(error))
             await self.sleep(_LOOK_S * random.uniform(0.7, 1.3))
 
+    def identity_shared(self) -> IdentityFileError:
+        """What ends a node that has met its double."""
+        return IdentityFileError(
+            f"another node takes part with this node's identity {self._identity_path}: "
+            "stop the copy, or give it a --state-dir of its own"
+        )
+
     async def _look_around(self, tier: int, on_peer: Callable[[PeerId], None]) -> None:
         directory = self._directory
         assert directory is not None, "open_directory() comes first"
@@ -238,10 +245,7 @@ class Network:
             self.remember(peer, found.addresses)
             on_peer(peer)
         if directory.doubled:
-            raise IdentityFileError(
-                f"another node announces itself with this node's identity {self._identity_path}: "
-                "stop the copy, or give it a --state-dir of its own"
-            )
+            raise self.identity_shared()
         record = Record(self.public_addresses(), tier, limits.PROTOCOL_VERSION)
         await directory.announce(record, _RECORD_TTL_S)
 

@@ -282,7 +282,9 @@ class Engine:
 
     def _ban(self, proof: messages.Equivocation) -> None:
         """Drop a peer for good and pass on the proof: who sits in committees must stay the same for everybody."""
-        if self.roster.ban(proof):
+        if proof.peer == self.me:  # not this peer's doing: somebody else has its key, and is as good a signer of it
+            self._events.append(events.IdentityShared(proof.first.slot))
+        elif self.roster.ban(proof):
             self._rounds.exclude(proof.peer)
             self._events.append(events.Equivocated(proof.peer, proof.first.slot))
             self._broadcast(proof)

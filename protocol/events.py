@@ -120,6 +120,13 @@ class Equivocated:
     slot: int
 
 
+@dataclass(frozen=True)
+class IdentityShared:
+    """Somebody else contributes to the run in this peer's name: one of the two must stop."""
+
+    slot: int
+
+
 Event = (
     SlotBegan
     | FragmentDue
@@ -133,4 +140,5 @@ Event = (
     | FragmentUnheld
     | PeerLeft
     | Equivocated
+    | IdentityShared
 )

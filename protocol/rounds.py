@@ -66,7 +66,7 @@ class Rounds:
         return self._manifest.slot_start(slot) + limits.CLOSE_FRACTION * self._manifest.slot_s
 
     def offer(self, slot: int, payload_digest: bytes, payload_bytes: int, weight: int) -> None:
-        """Announce this peer's contribution to the committee."""
+        """Announce this peer's contribution to the committee; nothing if another is known in its name already."""
         if not slot <= self.slot <= slot + limits.PROPOSAL_OPEN_SLOTS:
             return  # encoding took too long; the work is still in the weights and is offered when it is next due
         fragment = self._manifest.fragment_of(slot)
@@ -74,6 +74,9 @@ class Rounds:
         commitment = statements.make_commitment(
             self._identity, self._manifest.run_id, slot, fragment, payload_digest, payload_bytes, weight
         )
+        if self.contradiction(commitment) is not None:
+            self._emit(events.IdentityShared(slot))
+            return
         for peer in self._committee(slot):
             if peer == self._me:
                 with contextlib.suppress(WireError):  # a full slot: the work is offered again, like anybody's

@@ -172,6 +172,26 @@ def test_a_ban_reaches_whoever_joins_later() -> None:
     assert liar.id in joiner.engine.roster.banned
 
 
+@pytest.mark.parametrize("first", ["its own offer", "the proposal"])
+def test_a_peer_whose_name_another_uses_is_told_and_does_not_crash(first: str) -> None:
+    """A copy contributes in its name, and the proposal that holds it comes here: before or after its own offer."""
+    swarm = Swarm.running([0] * 2)
+    owner, twin = swarm.peers
+    slot = next(s for s in range(swarm.slot + 1, swarm.slot + 9) if seats_of(swarm, s)[0] == owner.id)
+    own_offer, twin.engine.offer = twin.engine.offer, lambda *_, **__: None  # type: ignore[method-assign]
+    swarm.run_until(swarm.manifest.slot_start(slot) + 0.002)
+    own, copied = two_payloads(swarm, slot)
+    announce(twin, slot, copied, owner)  # from now on the owner listens to the copy
+    if first == "its own offer":
+        own_offer(slot, hashlib.sha256(own).digest(), len(own), 10)
+    swarm.run(0.9)
+    if first == "the proposal":
+        own_offer(slot, hashlib.sha256(own).digest(), len(own), 10)
+        twin.pump()
+    assert events.IdentityShared(slot) in twin.log
+    assert not any(twin.id in peer.engine.roster.banned for peer in swarm.peers)
+
+
 def test_an_equivocator_found_out_while_the_merge_runs() -> None:
     """The merge is repeated without it: its work is not in the update, not only not in the list."""
     swarm = Swarm.running([0] * 5)
