@@ -1,7 +1,8 @@
 """Weights as safetensors, in Hugging Face's names and orientation; strict to read, as anybody may have written them.
 
-In memory both FFN matrices are [neurons, D]; on disk down_proj is [D, neurons], as nn.Linear would store it. The
-metadata says how the weights were sliced: `matformer_tier`, `matformer_base_intermediate_size` and the whole `config`.
+In memory down_proj is [neurons, D] and o_proj [heads * K, D]; on disk they are the other way round, as nn.Linear would
+store them. The metadata says how the weights were sliced: `matformer_tier`, `matformer_base_intermediate_size` and the
+whole `config`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from braniac.model.config import ModelConfig
 from braniac.model.errors import CheckpointError, ModelError
-from braniac.model.tiers import parameter_shapes
+from braniac.model.tiers import is_input_major, parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def from_safetensors(data: bytes) -> tuple[dict[str, Tensor], Metadata]:
 
 def _turned(name: str, tensor: Tensor) -> Tensor:
     """Between memory and disk, either way."""
-    return tensor.mT if ".down_proj." in name and tensor.dim() == 2 else tensor
+    return tensor.mT if is_input_major(name) and tensor.dim() == 2 else tensor
 
 
 def _metadata(found: dict[str, str]) -> Metadata:
@@ -98,7 +99,7 @@ def _check(tensors: Mapping[str, Tensor], config: ModelConfig, tier: int) -> Non
         if name not in shapes:
             raise CheckpointError(f"the checkpoint has an unknown tensor {name!r}: tier {tier} of its model has none.")
         if tensor.shape != shapes[name]:
-            wanted = shapes[name][::-1] if ".down_proj." in name else shapes[name]
+            wanted = shapes[name][::-1] if is_input_major(name) else shapes[name]
             found = tuple(_turned(name, tensor).shape)
             raise CheckpointError(f"checkpoint tensor {name!r} is {found}: tier {tier} needs {wanted}.")
         if tensor.dtype != torch.float32:

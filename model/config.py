@@ -1,4 +1,9 @@
-"""The shape of a model: one frozen dataclass, strict because it also arrives from strangers, and two presets."""
+"""The shape of a model: one frozen dataclass, strict because it also arrives from strangers, and a few presets.
+
+Two families share it. `nanogpt` follows modded-nanogpt: norms without gain, QK-norm, ReLU squared, logit soft-cap.
+`llama` computes what Hugging Face's `LlamaForCausalLM` does (norms with gain, SwiGLU, grouped queries), so that each of
+its tiers is a stock model for anybody else's software. Field names are Hugging Face's where it has one.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +14,23 @@ from collections.abc import Mapping
 
 from braniac.model.errors import ConfigError
 
+FAMILIES = ("nanogpt", "llama")
+
 # Upper bounds keep a hostile manifest from asking for absurd tables before anybody counts its parameters.
 _INTEGER_BOUNDS = {
     "hidden_size": (2, 1 << 16),
     "num_hidden_layers": (1, 1 << 10),
     "num_attention_heads": (1, 1 << 10),
+    "num_key_value_heads": (0, 1 << 10),
+    "head_size": (0, 1 << 10),
     "intermediate_size": (1, 1 << 20),
-    "vocab_size": (2, 1 << 16),
+    "vocab_size": (2, 1 << 18),
     "context": (1, 1 << 20),
     "matformer_factor": (1, 1 << 6),
 }
-_FLOAT_BOUNDS = {"logit_softcap": (1.0, 1e3), "rope_theta": (1.0, 1e9)}
+_FLOAT_BOUNDS = {"logit_softcap": (1.0, 1e3), "rope_theta": (1.0, 1e9), "rms_norm_eps": (1e-12, 1e-2)}
+_FLAGS = ("tie_word_embeddings", "nested_heads")
+_TILE_SIDE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +44,13 @@ class ModelConfig:
     """Transformer blocks."""
 
     num_attention_heads: int
-    """Attention heads; each is hidden_size / num_attention_heads wide, which must be an even number."""
+    """Attention heads, which ask."""
+
+    num_key_value_heads: int = 0
+    """Heads that are asked: each answers an equal group of the attention heads. 0: one for each of them."""
+
+    head_size: int = 0
+    """Width of a head, an even number. 0: hidden_size / num_attention_heads."""
 
     intermediate_size: int
     """FFN neurons of the whole model (h), the width of tier 0."""
@@ -47,13 +64,33 @@ class ModelConfig:
     matformer_factor: int = 8
     """How many times narrower the smallest tier's FFN is, a power of two: 8 gives the four widths h, h/2, h/4, h/8."""
 
+    family: str = "nanogpt"
+    """nanogpt or llama."""
+
     logit_softcap: float = 15.0
-    """Logits are squeezed into (-softcap, softcap) by a tanh."""
+    """nanogpt: logits are squeezed into (-softcap, softcap) by a tanh. llama does not."""
 
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
 
+    rope_scaling: tuple[float, ...] = ()
+    """Llama 3's stretch of the frequencies: factor, low and high frequency factor, original context. Empty: none."""
+
+    rms_norm_eps: float = 1e-6
+    """llama: added to the mean square before its root is taken. nanogpt uses the smallest that float32 knows."""
+
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding matrix once more."""
+
+    nested_heads: bool = False
+    """Whether narrower widths also use fewer heads: a prefix of the key-value heads and of those that ask them."""
+
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ConfigError(f"model.family is {self.family!r}: it must be one of {', '.join(FAMILIES)}.")
+        for name in _FLAGS:
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}: it must be true or false.")
         for name, (low, high) in _INTEGER_BOUNDS.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
@@ -62,21 +99,45 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not float or not minimum <= value <= maximum:  # NaN fails the comparison too
                 raise ConfigError(f"model.{name} is {value!r}: it must be a number from {minimum:g} to {maximum:g}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"model.hidden_size {self.hidden_size} cannot be split over {self.num_attention_heads} heads: "
-                "make it a multiple of model.num_attention_heads."
-            )
-        if self.head_dim % 2:
-            raise ConfigError(
-                f"model.hidden_size / model.num_attention_heads is {self.head_dim}: rotary positions need it even."
-            )
+        self._check_rope_scaling()
+        self._check_heads()
         if self.matformer_factor & (self.matformer_factor - 1):
             raise ConfigError(f"model.matformer_factor is {self.matformer_factor}: it must be a power of two.")
         if self.intermediate_size % self.matformer_factor:
             raise ConfigError(
                 f"model.intermediate_size {self.intermediate_size} cannot be halved down to tier {self.tiers - 1}: "
                 f"make it a multiple of model.matformer_factor ({self.matformer_factor})."
+            )
+
+    def _check_rope_scaling(self) -> None:
+        values = self.rope_scaling
+        plain = isinstance(values, tuple) and all(type(value) is float and 0 < value < 1e9 for value in values)
+        if not plain or len(values) not in (0, 4):
+            raise ConfigError(
+                f"model.rope_scaling is {values!r}: it must be empty or four positive numbers "
+                "(factor, low and high frequency factor, original context)."
+            )
+        if values and values[2] <= values[1]:
+            raise ConfigError(f"model.rope_scaling is {values!r}: its third number must be larger than its second.")
+
+    def _check_heads(self) -> None:
+        if not self.head_size and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.hidden_size {self.hidden_size} cannot be split over {self.num_attention_heads} heads: "
+                "make it a multiple of model.num_attention_heads."
+            )
+        if self.head_dim % 2:
+            name = "head_size" if self.head_size else "hidden_size / model.num_attention_heads"
+            raise ConfigError(f"model.{name} is {self.head_dim}: rotary positions need it even.")
+        if self.num_attention_heads % self.kv_heads:
+            raise ConfigError(
+                f"model.num_attention_heads {self.num_attention_heads} cannot be grouped over {self.kv_heads} "
+                "key-value heads: make it a multiple of model.num_key_value_heads."
+            )
+        if self.nested_heads and self.kv_heads % self.matformer_factor:
+            raise ConfigError(
+                f"model.nested_heads needs key-value heads that halve down to the smallest tier: "
+                f"make their number ({self.kv_heads}) a multiple of model.matformer_factor ({self.matformer_factor})."
             )
 
     @property
@@ -87,11 +148,27 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_size or self.hidden_size // self.num_attention_heads
 
-    def to_dict(self) -> dict[str, int | float]:
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFN is SwiGLU (three matrices) and not ReLU squared (two)."""
+        return self.family == "llama"
+
+    @property
+    def width_step(self) -> int:
+        """What every FFN width in use must be a multiple of: a tile, or the largest power of two in the smallest."""
+        smallest = self.intermediate_size // self.matformer_factor
+        return min(_TILE_SIDE, smallest & -smallest)
+
+    def to_dict(self) -> dict[str, int | float | str | bool | list[float]]:
         """All fields by name, ready for JSON."""
-        return dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> ModelConfig:
@@ -107,8 +184,10 @@ class ModelConfig:
         ]
         if missing:
             raise ConfigError(f"the model configuration lacks {', '.join(missing)}: add the missing keys.")
-        # JSON writers may drop the point of 15.0; nothing else is converted.
+        # JSON writers may drop the point of 15.0, and know no tuples; nothing else is converted.
         plain = {k: float(v) if k in _FLOAT_BOUNDS and type(v) is int else v for k, v in values.items()}
+        if isinstance(scaling := plain.get("rope_scaling"), list):
+            plain["rope_scaling"] = tuple(float(v) if type(v) is int else v for v in scaling)
         return cls(**plain)  # type: ignore[arg-type]  # __post_init__ checks every type
 
 
@@ -120,5 +199,24 @@ PRESETS = {
     # 10.8M parameters: a night on a few laptops.
     "small": ModelConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536, context=256
+    ),
+    # The same sizes as what everybody's software can load: 0.56M and 13.2M parameters.
+    "tiny-llama": ModelConfig(
+        family="llama",
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        context=128,
+    ),
+    "small-llama": ModelConfig(
+        family="llama",
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=1536,
+        context=256,
     ),
 }

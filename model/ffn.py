@@ -1,9 +1,11 @@
-"""The MatFormer feed-forward block: ReLU squared, sliced to any width by taking a prefix of its neurons.
+"""The MatFormer feed-forward block: ReLU squared or SwiGLU, sliced to any width by taking a prefix of its neurons.
 
 Shape legend: B = sequences, T = tokens, D = hidden size, H = FFN neurons held (the tier's width), W = neurons in use.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +25,48 @@ class Matrix(nn.Module):
 
 
 class MatFormerFFN(nn.Module):
-    """down(relu(up(x))^2) over the first `width` neurons. Both matrices are neuron-major [H, D]."""
+    """down(act(x)) over a prefix of the neurons; all matrices are neuron-major [H, D].
 
-    def __init__(self, hidden_size: int, neurons: int) -> None:
+    act is relu(up(x))^2, or silu(gate(x)) * up(x) if `gated`.
+    """
+
+    def __init__(
+        self, hidden_size: int, neurons: int, widths: Sequence[int] | None = None, *, gated: bool = False
+    ) -> None:
+        """`widths` are the granularities of `nested`, in any order; the whole block alone if not given."""
         super().__init__()
         self.neurons = neurons
+        self.widths = tuple(widths) if widths is not None else (neurons,)
+        assert all(0 < width <= neurons for width in self.widths), f"widths {self.widths} of {neurons} neurons"
+        self.gate_proj = Matrix(neurons, hidden_size) if gated else None
         self.up_proj = Matrix(neurons, hidden_size)
         self.down_proj = Matrix(neurons, hidden_size)
 
-    def forward(self, x_BTD: Tensor, width: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, width: int | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]. The slices are views; backward leaves exact zeros in the rows that were not used."""
+        width = self.neurons if width is None else width
+        return self.activations(x_BTD, width) @ self.down_proj.weight[:width]
+
+    def activations(self, x_BTD: Tensor, width: int) -> Tensor:
+        """What the first `width` neurons say, [B, T, W]."""
         assert 0 < width <= self.neurons, f"width {width} of {self.neurons}"
-        up_WD, down_WD = self.up_proj.weight[:width], self.down_proj.weight[:width]
-        return F.linear(x_BTD, up_WD).relu().square() @ down_WD
+        up_BTW = F.linear(x_BTD, self.up_proj.weight[:width])
+        if self.gate_proj is None:
+            return up_BTW.relu().square()
+        return F.silu(F.linear(x_BTD, self.gate_proj.weight[:width])) * up_BTW
+
+    def nested(self, x_BTD: Tensor, widths: Sequence[int] | None = None) -> list[Tensor]:
+        """The outputs at several widths of one input, in the order asked for, at the price of the widest.
+
+        A neuron's activation does not depend on the width, and each width's output is the next smaller one's plus what
+        the neurons between them add.
+        """
+        asked = self.widths if widths is None else tuple(widths)
+        act_BTW = self.activations(x_BTD, max(asked))
+        outputs: dict[int, Tensor] = {}
+        total, start = None, 0
+        for width in sorted(set(asked)):
+            part_BTD = act_BTW[..., start:width] @ self.down_proj.weight[start:width]
+            total = part_BTD if total is None else total + part_BTD
+            outputs[width], start = total, width
+        return [outputs[width] for width in asked]

@@ -20,14 +20,17 @@ from torch import Tensor
 from braniac.model.config import ModelConfig
 from braniac.model.errors import ConfigError
 from braniac.model.initial import initial_units
-from braniac.model.tiers import is_ffn, parameter_shapes, ring_rows
+from braniac.model.tiers import is_sliced, parameter_shapes, ring_rows
 
 TILE_SIDE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A rectangle of one parameter, at most 64x64; smaller at the edge of a ring or tensor that 64 does not divide."""
+    """A rectangle of one parameter, at most 64x64; smaller at the edge of a ring or tensor that 64 does not divide.
+
+    A vector counts as one row.
+    """
 
     tensor: str
     row0: int
@@ -89,10 +92,11 @@ def fragment_table(config: ModelConfig, fragments: int) -> tuple[Fragment, ...]:
 def _ring_tiles(config: ModelConfig, ring: int) -> list[Tile]:
     """All tiles of a ring: largest first, then in canonical order of tensors, rows and columns."""
     tiles = []
-    for name, (rows, cols) in parameter_shapes(config, tier=0).items():
-        if not is_ffn(name) and ring > 0:
+    for name, shape in parameter_shapes(config, tier=0).items():
+        rows, cols = shape if len(shape) == 2 else (1, shape[0])
+        if not is_sliced(config, name) and ring > 0:
             continue
-        start, stop = ring_rows(config, ring) if is_ffn(name) else (0, rows)
+        start, stop = ring_rows(config, name, ring) if is_sliced(config, name) else (0, rows)
         tiles += [
             Tile(name, row, min(TILE_SIDE, stop - row), col, min(TILE_SIDE, cols - col))
             for row in range(start, stop, TILE_SIDE)
@@ -113,7 +117,7 @@ def _shares(rings: list[list[Tile]], fragments: int) -> list[int]:
 
 def layout_digest(config: ModelConfig, fragments: int) -> bytes:
     """SHA-256 of the table: equal on two peers exactly if they mean the same parameters by the same places."""
-    digest = hashlib.sha256(b"braniac fragment table 1\n")
+    digest = hashlib.sha256(b"braniac fragment table 2\n")
     for fragment in fragment_table(config, fragments):
         digest.update(f"fragment {fragment.index} ring {fragment.ring}\n".encode())
         for tile in fragment.tiles:
@@ -149,6 +153,8 @@ def scatter_add_(params: Mapping[str, Tensor], fragment: Fragment, change: Tenso
 def _rectangle(params: Mapping[str, Tensor], tile: Tile) -> Tensor:
     """The tile as a view; a slice would silently shorten if this tier did not hold the rows, so check."""
     tensor = params[tile.tensor]
+    if tensor.dim() == 1:
+        tensor = tensor[None]
     assert tile.row0 + tile.rows <= tensor.shape[0], f"{tile.tensor} of this tier ends before row {tile.row0}"
     return tensor[tile.row0 : tile.row0 + tile.rows, tile.col0 : tile.col0 + tile.cols]
 

@@ -1,129 +1,146 @@
-"""The nanogpt family: a small decoder in the style of modded-nanogpt whose feed-forward blocks are MatFormer-nested.
+"""A decoder whose feed-forward blocks are MatFormer-nested: modded-nanogpt's, or Llama's.
 
-What is unusual:
+What is unusual about nanogpt:
 * RMSNorm has no gain, and nothing has a bias: every parameter is a matrix, so every parameter can be tiled.
 * Queries and keys are RMS-normalised before the rotary embedding (QK-norm), the embedding right after the look-up.
 * Output projections and the head start at zero: each block begins as the identity, the first loss is log(vocab_size).
 * Logits are soft-capped: softcap * tanh(logits / softcap).
-* The head is not tied to the embedding.
-* A model holds only the FFN rows of its tier, and every call may use fewer of them (`width`).
+* The head is not tied to the embedding unless the configuration says so.
+Llama is what `LlamaForCausalLM` computes. Of both families, a model holds only the FFN rows of its tier (or, extracted,
+of one width per layer), and every call may use fewer of them.
 
 Shape legend: B = sequences, T = tokens, D = hidden size, N = heads, K = head width, V = vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from braniac.model.attention import Attention, KVCache, rotary_angles
 from braniac.model.config import ModelConfig
 from braniac.model.ffn import MatFormerFFN, Matrix
 from braniac.model.initial import initial_tensor
-from braniac.model.tiers import parameter_shapes, tier_width
+from braniac.model.tiers import WidthMap, heads_at, shapes_at, tier_width, tier_widths
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Scale the last dimension to a root mean square of one."""
-    return F.rms_norm(x, (x.shape[-1],))
+class RMSNorm(nn.Module):
+    """Scale the last dimension to a root mean square of one; llama's has a gain, nanogpt's has none."""
 
-
-def rotate(x_BNTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) on halves: cos_TK and sin_TK are [T, K/2]."""
-    a, b = x_BNTK.chunk(2, dim=-1)
-    return torch.cat((a * cos_TK + b * sin_TK, b * cos_TK - a * sin_TK), dim=-1)
-
-
-class Attention(nn.Module):
-    """Causal multi-head self-attention with QK-norm and rotary positions."""
-
-    def __init__(self, hidden_size: int, heads: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.q_proj = Matrix(hidden_size, hidden_size)
-        self.k_proj = Matrix(hidden_size, hidden_size)
-        self.v_proj = Matrix(hidden_size, hidden_size)
-        self.o_proj = Matrix(hidden_size, hidden_size)
+        self.shape = (config.hidden_size,)
+        llama = config.family == "llama"
+        self.eps = config.rms_norm_eps if llama else None
+        self.weight = nn.Parameter(torch.zeros(self.shape)) if llama else None
 
-    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
-        q_BNTK, k_BNTK, v_BNTK = (
-            projection(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q_BNTK = rotate(rms_norm(q_BNTK), cos_TK, sin_TK)
-        k_BNTK = rotate(rms_norm(k_BNTK), cos_TK, sin_TK)
-        y_BNTK = F.scaled_dot_product_attention(q_BNTK, k_BNTK, v_BNTK, is_causal=True)
-        out: Tensor = self.o_proj(y_BNTK.transpose(1, 2).flatten(2))
-        return out
+        return F.rms_norm(x_BTD, self.shape, self.weight, self.eps)
 
 
 class Block(nn.Module):
     """One transformer layer: attention and FFN, each on a normalised copy, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, neurons: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, neurons: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config.hidden_size, config.num_attention_heads)
-        self.mlp = MatFormerFFN(config.hidden_size, neurons)
+        self.config = config
+        granularities = [width for width in tier_widths(config) if width <= neurons] or [neurons]
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer, heads_at(config, neurons))
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MatFormerFFN(config.hidden_size, neurons, granularities, gated=config.gated)
 
-    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, width: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, width: int, cache: KVCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
-        x_BTD = x_BTD + self.self_attn(rms_norm(x_BTD), cos_TK, sin_TK)
-        x_BTD = x_BTD + self.mlp(rms_norm(x_BTD), width)
+        heads = heads_at(self.config, width)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TK, sin_TK, heads, cache)
+        x_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), width)
         return x_BTD
 
 
 class Decoder(nn.Module):
     """Embedding and blocks; a class of its own so that parameters carry Hugging Face's `model.` prefix."""
 
-    def __init__(self, config: ModelConfig, neurons: int) -> None:
+    def __init__(self, config: ModelConfig, neurons: Sequence[int]) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = Matrix(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, neurons) for _ in range(config.num_hidden_layers))
-        frequencies = config.rope_theta ** -torch.linspace(0, 1, config.head_dim // 2 + 1)[:-1]
-        angles_TK = torch.arange(config.context).float()[:, None] * frequencies
+        self.layers = nn.ModuleList(Block(config, layer, count) for layer, count in enumerate(neurons))
+        self.norm = RMSNorm(config)
+        angles_TK = rotary_angles(config)
         self.register_buffer("cos_TK", angles_TK.cos(), persistent=False)
         self.register_buffer("sin_TK", angles_TK.sin(), persistent=False)
         self.cos_TK: Tensor
         self.sin_TK: Tensor
+        self.checkpoint_layers = False
+        """Keep only each layer's input for the backward pass, and compute the rest once more."""
 
-    def forward(self, tokens_BT: Tensor, width: int) -> Tensor:
+    def forward(self, tokens_BT: Tensor, widths: Sequence[int], cache: KVCache | None) -> Tensor:
         """int64 [B, T] -> [B, T, D]"""
-        length = tokens_BT.shape[1]
-        assert length <= len(self.cos_TK), f"{length} tokens do not fit a context of {len(self.cos_TK)}"
-        x_BTD = rms_norm(F.embedding(tokens_BT, self.embed_tokens.weight))
-        for block in self.layers:
-            x_BTD = block(x_BTD, self.cos_TK[:length], self.sin_TK[:length], width)
-        return rms_norm(x_BTD)
+        start = 0 if cache is None else cache.length
+        stop = start + tokens_BT.shape[1]
+        assert stop <= len(self.cos_TK), f"{stop} tokens do not fit a context of {len(self.cos_TK)}"
+        cos_TK, sin_TK = self.cos_TK[start:stop], self.sin_TK[start:stop]
+        x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight)
+        if self.config.family == "nanogpt":
+            x_BTD = F.rms_norm(x_BTD, (self.config.hidden_size,))
+        for block, width in zip(self.layers, widths, strict=True):
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, cos_TK, sin_TK, width, None, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, cos_TK, sin_TK, width, cache)
+        if cache is not None:
+            cache.length = stop
+        out_BTD: Tensor = self.norm(x_BTD)
+        return out_BTD
 
 
 class GPT(nn.Module):
-    """The part of a model that one tier holds. All zero until `init_weights` or until fragments are loaded into it."""
+    """The part of a model that one tier holds. All zero until `init_weights` or until weights are loaded into it."""
 
-    def __init__(self, config: ModelConfig, tier: int) -> None:
+    def __init__(self, config: ModelConfig, tier: int = 0, *, neurons: Sequence[int] | None = None) -> None:
+        """`neurons` holds one FFN width per layer instead of the tier's, as Mix'n'Match extracts them."""
         super().__init__()
         self.config = config
         self.tier = tier
-        self.width = tier_width(config, tier)
-        self.model = Decoder(config, self.width)
-        self.lm_head = Matrix(config.vocab_size, config.hidden_size)
+        self.neurons = tuple(neurons) if neurons is not None else (tier_width(config, tier),) * config.num_hidden_layers
+        self.width = max(self.neurons)
+        self.model = Decoder(config, self.neurons)
+        self.lm_head = None if config.tie_word_embeddings else Matrix(config.vocab_size, config.hidden_size)
         held = {name: tuple(p.shape) for name, p in self.named_parameters()}
-        assert held == parameter_shapes(config, tier), "the module tree and tiers.py disagree about names or shapes"
+        assert held == shapes_at(config, self.neurons), "the module tree and tiers.py disagree about names or shapes"
 
     def init_weights(self, seed: int) -> None:
         """Write the run's initial weights: a pure function of configuration and seed, the same on every machine."""
         with torch.no_grad():
             for name, p in self.named_parameters():
-                p.copy_(torch.from_numpy(initial_tensor(self.config, name, (p.shape[0], p.shape[1]), seed)))
+                p.copy_(torch.from_numpy(initial_tensor(self.config, name, tuple(p.shape), seed)))
 
-    def forward(self, tokens_BT: Tensor, width: int | None = None) -> Tensor:
-        """int64 [B, T] -> logits [B, T, V], using the first `width` FFN neurons of each layer (None: all held)."""
-        x_BTD = self.model(tokens_BT, self.width if width is None else width)
-        softcap = self.config.logit_softcap
-        logits_BTV: Tensor = softcap * torch.tanh(self.lm_head(x_BTD) / softcap)
+    def layer_widths(self, width: WidthMap) -> tuple[int, ...]:
+        """One width per layer; a layer that holds fewer neurons than asked for uses all it has."""
+        if width is None:
+            return self.neurons
+        if isinstance(width, int):
+            assert width <= self.width, f"width {width} of {self.width}"
+            return tuple(min(width, held) for held in self.neurons)
+        return tuple(width)
+
+    def forward(self, tokens_BT: Tensor, width: WidthMap = None, cache: KVCache | None = None) -> Tensor:
+        """int64 [B, T] -> logits [B, T, V]. With a cache, the tokens continue what it holds, and it grows by them."""
+        x_BTD = self.model(tokens_BT, self.layer_widths(width), cache)
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        logits_BTV: Tensor = head(x_BTD)
+        if self.config.family == "nanogpt":
+            softcap = self.config.logit_softcap
+            logits_BTV = softcap * torch.tanh(logits_BTV / softcap)
         return logits_BTV
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, width: int | None = None) -> Tensor:
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, width: WidthMap = None) -> Tensor:
         """Mean cross-entropy, in nats per token."""
         logits_BTV: Tensor = self(tokens_BT, width)
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())

@@ -7,8 +7,10 @@ values in units of 2**-20, the fixed point of the anchors. No logarithm, cosine 
 
 What is drawn (variances; the shapes of the distributions hardly matter to RMS-normalised networks):
   embeddings               1        followed by an RMSNorm, so only its ratio to the learning rate counts
-  q, k, v, up              1/(4D)   half of the usual 1/sqrt(D) deviation, as modded-nanogpt does
+  embeddings, if tied      1/D      they are the head too, and its first logits should be of order one
+  q, k, v, gate, up        1/(4D)   half of the usual 1/sqrt(D) deviation, as modded-nanogpt does
   o, down, head            0        blocks start as the identity, the first prediction is uniform
+  gains of norms           0        all are one
 """
 
 from __future__ import annotations
@@ -20,21 +22,25 @@ import numpy as np
 import numpy.typing as npt
 
 from braniac.model.config import ModelConfig
-from braniac.model.tiers import EMBEDDING
+from braniac.model.tiers import EMBEDDING, is_gain
 
 FRACTION_BITS = 20
 BLOCK_SIDE = 64
 
 
-def initial_tensor(config: ModelConfig, name: str, shape: tuple[int, int], seed: int) -> npt.NDArray[np.float32]:
+def initial_tensor(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
     """Initial values of one parameter, float32 `shape`; fewer rows give a prefix of the same values (a tier)."""
-    return (initial_units(config, name, 0, shape[0], 0, shape[1], seed) / 2.0**FRACTION_BITS).astype(np.float32)
+    rows, cols = shape if len(shape) == 2 else (1, shape[0])
+    units = initial_units(config, name, 0, rows, 0, cols, seed)
+    return (units / 2.0**FRACTION_BITS).astype(np.float32).reshape(shape)
 
 
 def initial_units(
     config: ModelConfig, name: str, row0: int, rows: int, col0: int, cols: int, seed: int
 ) -> npt.NDArray[np.int32]:
-    """Initial values of one rectangle of a parameter, int32 [rows, cols] in units of 2**-20."""
+    """Initial values of one rectangle of a parameter, int32 [rows, cols] in units of 2**-20; a gain is one row."""
+    if is_gain(name):
+        return np.full((rows, cols), 1 << FRACTION_BITS, np.int32)
     bound = _bound(config, name)
     units = np.zeros((rows, cols), np.int32)
     if bound == 0:
@@ -53,8 +59,9 @@ def initial_units(
 def _bound(config: ModelConfig, name: str) -> int:
     """Largest magnitude, in units: uniform on [-b, b] has variance b*b/3. Integer square root: exact everywhere."""
     if name == EMBEDDING:
-        return math.isqrt(3 << (2 * FRACTION_BITS))
-    if any(kind in name for kind in (".q_proj.", ".k_proj.", ".v_proj.", ".up_proj.")):
+        tied = config.tie_word_embeddings
+        return math.isqrt((3 << (2 * FRACTION_BITS)) // (config.hidden_size if tied else 1))
+    if any(kind in name for kind in (".q_proj.", ".k_proj.", ".v_proj.", ".gate_proj.", ".up_proj.")):
         return math.isqrt((3 << (2 * FRACTION_BITS)) // (4 * config.hidden_size))
     return 0
 

@@ -1,4 +1,4 @@
-"""The inner optimizer: Muon for the matrices inside the blocks, Adam for the embedding and the head.
+"""The inner optimizer: Muon for the matrices inside the blocks, Adam for the embedding, the head and the gains.
 
 Muon (Jordan et al. 2024) replaces the momentum of a matrix by its nearest orthogonal matrix, here with the Polar
 Express iteration (Amsel et al. 2025, arXiv 2505.16932). q, k and v are orthogonalised head by head, each head being an
@@ -11,13 +11,14 @@ neurons, and one learning rate serves every tier (after Large et al. 2024, Modul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from braniac.model.config import ModelConfig
 from braniac.model.errors import CheckpointError
-from braniac.model.tiers import EMBEDDING, HEAD, is_ffn
+from braniac.model.tiers import EMBEDDING, HEAD, is_gain, is_input_major, is_sliced, layer_of, rows_at
 
 MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.95)
@@ -51,15 +52,15 @@ class Optimizer:
     def __init__(
         self,
         params: Mapping[str, Tensor],
-        heads: int,
+        config: ModelConfig,
         *,
         learning_rate: float,
         adam_learning_rate: float,
         weight_decay: float,
     ) -> None:
-        self.tables = {name: p for name, p in params.items() if name in (EMBEDDING, HEAD)}
+        self.tables = {name: p for name, p in params.items() if name in (EMBEDDING, HEAD) or is_gain(name)}
         self.matrices = {name: p for name, p in params.items() if name not in self.tables}
-        self.heads = heads
+        self.config = config
         self.learning_rate = learning_rate
         self.adam_learning_rate = adam_learning_rate
         self.weight_decay = weight_decay
@@ -69,24 +70,26 @@ class Optimizer:
         self.steps = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
-    def step(self, lr_scale: float, width: int) -> None:
-        """One update. `lr_scale` multiplies both learning rates, `width` is the FFN neurons the gradient is for."""
+    def step(self, lr_scale: float, widths: Sequence[int]) -> None:
+        """One update. `lr_scale` multiplies both learning rates, `widths` are what the gradient is for."""
         self.steps += 1
-        self._muon_step(self.learning_rate * lr_scale, width)
+        self._muon_step(self.learning_rate * lr_scale, widths)
         self._adam_step(self.adam_learning_rate * lr_scale)
 
-    def _muon_step(self, lr: float, width: int) -> None:
+    def _muon_step(self, lr: float, widths: Sequence[int]) -> None:
         # A step at a narrow width is a step of that narrower model: the rows beyond it, their momentum and their decay
         # are left alone. Their gradient is zero, but orthogonalising the whole matrix would move them by stale
         # momentum, under a loss that never saw them, and take length away from the rows that did learn something.
         batches: dict[torch.Size, list[tuple[str, Tensor]]] = {}
         for name, param in self.matrices.items():
             assert param.grad is not None, f"{name} has no gradient"
-            rows = width if is_ffn(name) else len(param)
+            layer = layer_of(name)
+            assert layer is not None
+            rows = rows_at(self.config, name, widths[layer]) if is_sliced(self.config, name) else len(param)
             gradient, momentum = param.grad[:rows], self.momentum[name][:rows]
             momentum.lerp_(gradient, 1 - MOMENTUM)
             update = gradient.lerp(momentum, MOMENTUM)  # Nesterov
-            update = update.view(self._blocks(name), -1, update.shape[1])
+            update = update.view(-1, self._block_rows(name, rows), update.shape[1])
             batches.setdefault(update.shape[1:], []).append((name, update))
         for batch in batches.values():
             orthogonal = orthogonalize(torch.cat([update for _, update in batch]))
@@ -96,9 +99,9 @@ class Optimizer:
                 active.mul_(1 - lr * self.weight_decay)
                 active.add_(part.flatten(0, 1), alpha=-lr * _width_scale(name, part.shape[1], part.shape[2]))
 
-    def _blocks(self, name: str) -> int:
-        """How many independent maps are stacked in this matrix."""
-        return self.heads if any(kind in name for kind in (".q_proj.", ".k_proj.", ".v_proj.")) else 1
+    def _block_rows(self, name: str, rows: int) -> int:
+        """Rows of each of the independent maps that are stacked in this matrix."""
+        return self.config.head_dim if any(kind in name for kind in (".q_proj.", ".k_proj.", ".v_proj.")) else rows
 
     def _adam_step(self, lr: float) -> None:
         beta1, beta2 = ADAM_BETAS
@@ -108,7 +111,9 @@ class Optimizer:
             first = self.first[name].lerp_(param.grad, 1 - beta1)
             second = self.second[name].lerp_(param.grad.square(), 1 - beta2)
             denominator = (second / correction2).sqrt_().add_(ADAM_EPSILON)
-            param.mul_(1 - lr * self.weight_decay).addcdiv_(first, denominator, value=-lr / correction1)
+            if not is_gain(name):  # a gain decays towards silence, not towards simplicity
+                param.mul_(1 - lr * self.weight_decay)
+            param.addcdiv_(first, denominator, value=-lr / correction1)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Name -> the live tensors of the optimizer's memory; clone them before training goes on."""
@@ -145,6 +150,6 @@ def copy_checked(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
 
 
 def _width_scale(name: str, rows: int, cols: int) -> float:
-    """sqrt(max(1, fan_out / fan_in)). `down` is stored neuron-major, so its rows are its inputs."""
-    fan_out, fan_in = (cols, rows) if ".down_proj." in name else (rows, cols)
+    """sqrt(max(1, fan_out / fan_in)), either of which is the rows."""
+    fan_out, fan_in = (cols, rows) if is_input_major(name) else (rows, cols)
     return float(max(1.0, fan_out / fan_in) ** 0.5)

@@ -1,20 +1,32 @@
-"""MatFormer tiers and rings: which FFN neurons belong to whom, and the canonical name and shape of every parameter.
+"""MatFormer tiers and rings: which rows of which parameter belong to whom, and the name and shape of every parameter.
 
-Tier t keeps the first h >> t neurons. Ring j is the block of neurons that tier T-1-j adds to the next smaller tier,
+Tier t keeps the first h >> t FFN neurons. Ring j is the block of neurons that tier T-1-j adds to the next smaller tier,
 so with T = 4:  ring 0 = [0, h/8)  ring 1 = [h/8, h/4)  ring 2 = [h/4, h/2)  ring 3 = [h/2, h).
-Everything that is not an FFN matrix belongs to every tier, hence to ring 0.
+With `nested_heads` the attention heads are halved in the same way; otherwise everything that is not an FFN matrix
+belongs to every tier, hence to ring 0.
 
-In memory both FFN matrices are neuron-major [h, D], so that a tier is a prefix of rows and a ring a block of rows.
+In memory the FFN matrices are neuron-major [h, D], `down` and `o` too, whose rows are therefore their inputs: a width
+is a prefix of rows and a ring a block of rows, in every matrix that is sliced at all.
 Source of the nesting: MatFormer, Devvrit et al. 2023 (arXiv 2310.07707).
 """
 
 from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
 
 from braniac.model.config import ModelConfig
 from braniac.model.errors import ConfigError
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+WidthMap = int | Sequence[int] | None
+"""FFN neurons to use: the same in every layer, or one number per layer; None: all that are held."""
 
 
 def check_tier(config: ModelConfig, tier: int) -> None:
@@ -29,42 +41,119 @@ def tier_width(config: ModelConfig, tier: int) -> int:
     return config.intermediate_size >> tier
 
 
+def tier_widths(config: ModelConfig) -> tuple[int, ...]:
+    """FFN neurons of all tiers, the whole model first."""
+    return tuple(tier_width(config, tier) for tier in range(config.tiers))
+
+
+def check_width(config: ModelConfig, width: int) -> None:
+    """Raise ConfigError unless `width` is a prefix that this configuration allows."""
+    smallest, step = tier_width(config, config.tiers - 1), config.width_step
+    if not smallest <= width <= config.intermediate_size or width % step:
+        raise ConfigError(
+            f"an FFN width of {width} is none of this model's: "
+            f"choose a multiple of {step} from {smallest} to {config.intermediate_size}."
+        )
+
+
+def layer_widths(config: ModelConfig, widths: WidthMap, tier: int = 0) -> tuple[int, ...]:
+    """One checked width per layer. Raises ConfigError for a width, or a number of them, that does not fit."""
+    held = tier_width(config, tier)
+    if widths is None or isinstance(widths, int):
+        widths = [held if widths is None else widths] * config.num_hidden_layers
+    if len(widths) != config.num_hidden_layers:
+        raise ConfigError(
+            f"a width map of {len(widths)} widths: give one for each of {config.num_hidden_layers} layers."
+        )
+    for width in widths:
+        check_width(config, width)
+        if width > held:
+            raise ConfigError(
+                f"an FFN width of {width} exceeds the {held} neurons of tier {tier}: choose a smaller one."
+            )
+    return tuple(widths)
+
+
 def rings_of(config: ModelConfig, tier: int) -> range:
     """The rings that a tier consists of."""
     check_tier(config, tier)
     return range(config.tiers - tier)
 
 
-def ring_rows(config: ModelConfig, ring: int) -> tuple[int, int]:
-    """First and one-past-last FFN neuron of a ring."""
-    assert 0 <= ring < config.tiers, ring
-    start = 0 if ring == 0 else config.intermediate_size >> (config.tiers - ring)
-    return start, config.intermediate_size >> (config.tiers - 1 - ring)
-
-
-def ring_of_row(config: ModelConfig, row: int) -> int:
-    """The ring that an FFN neuron belongs to."""
-    assert 0 <= row < config.intermediate_size, row
-    return next(ring for ring in range(config.tiers) if row < ring_rows(config, ring)[1])
+def heads_at(config: ModelConfig, width: int) -> int:
+    """Key-value heads in use at an FFN width; any width has at least one."""
+    return math.ceil(config.kv_heads * width / config.intermediate_size) if config.nested_heads else config.kv_heads
 
 
 def is_ffn(name: str) -> bool:
-    """Whether this parameter is an FFN matrix, the only kind that tiers slice."""
+    """Whether this parameter is an FFN matrix."""
     return ".mlp." in name
 
 
-def parameter_shapes(config: ModelConfig, tier: int) -> dict[str, tuple[int, int]]:
-    """Name -> in-memory shape of every parameter of a tier, in canonical order. Names are Hugging Face's."""
-    width, d = tier_width(config, tier), config.hidden_size
-    shapes: dict[str, tuple[int, int]] = {EMBEDDING: (config.vocab_size, d)}
-    for layer in range(config.num_hidden_layers):
+def is_gain(name: str) -> bool:
+    """Whether this parameter is the gain of a norm, a vector."""
+    return name.endswith("norm.weight")
+
+
+def is_sliced(config: ModelConfig, name: str) -> bool:
+    """Whether narrower widths hold fewer rows of this parameter."""
+    return is_ffn(name) or (config.nested_heads and ".self_attn." in name)
+
+
+def is_input_major(name: str) -> bool:
+    """Whether the rows of this matrix are its inputs in memory, and its columns on a Hugging Face disk."""
+    return ".down_proj." in name or ".o_proj." in name
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a parameter belongs to; None for those outside the layers."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def rows_at(config: ModelConfig, name: str, width: int) -> int:
+    """Rows of a parameter of one layer that are in use at an FFN width."""
+    if is_ffn(name):
+        return width
+    group = config.num_attention_heads // config.kv_heads
+    per_kv_head = config.head_dim * (1 if ".k_proj." in name or ".v_proj." in name else group)
+    return heads_at(config, width) * per_kv_head
+
+
+def ring_rows(config: ModelConfig, name: str, ring: int) -> tuple[int, int]:
+    """First and one-past-last row of a sliced parameter in a ring."""
+    assert 0 <= ring < config.tiers, ring
+    assert is_sliced(config, name), name
+    first, last = (rows_at(config, name, config.intermediate_size >> (config.tiers - at)) for at in (ring, ring + 1))
+    return (0 if ring == 0 else first), last
+
+
+def shapes_at(config: ModelConfig, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Name -> in-memory shape of every parameter of a model with these FFN widths, one per layer, in canonical order.
+
+    Names are Hugging Face's. Gains of norms have one dimension, everything else has two.
+    """
+    d, gains = config.hidden_size, config.family == "llama"
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
+    for layer, width in enumerate(widths):
         prefix = f"model.layers.{layer}"
-        shapes |= {f"{prefix}.self_attn.{kind}_proj.weight": (d, d) for kind in "qkvo"}
-        shapes |= {f"{prefix}.mlp.{kind}_proj.weight": (width, d) for kind in ("up", "down")}
-    shapes[HEAD] = (config.vocab_size, d)
+        names = [f"{prefix}.self_attn.{kind}_proj.weight" for kind in "qkvo"]
+        names += [f"{prefix}.mlp.{kind}_proj.weight" for kind in (("gate",) if config.gated else ()) + ("up", "down")]
+        shapes |= {name: (rows_at(config, name, width), d) for name in names}
+        if gains:
+            shapes |= {f"{prefix}.{which}_layernorm.weight": (d,) for which in ("input", "post_attention")}
+    if gains:
+        shapes[FINAL_NORM] = (d,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, d)
     return shapes
+
+
+def parameter_shapes(config: ModelConfig, tier: int) -> dict[str, tuple[int, ...]]:
+    """Name -> in-memory shape of every parameter of a tier, in canonical order."""
+    return shapes_at(config, [tier_width(config, tier)] * config.num_hidden_layers)
 
 
 def parameter_count(config: ModelConfig, tier: int) -> int:
     """Parameters of a tier."""
-    return sum(rows * columns for rows, columns in parameter_shapes(config, tier).values())
+    return sum(math.prod(shape) for shape in parameter_shapes(config, tier).values())

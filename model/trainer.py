@@ -6,19 +6,30 @@ The trainer is a plain object without clock, thread or network. Whoever owns it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from braniac.model.config import ModelConfig
-from braniac.model.data import Batches, keyed_bits
+from braniac.model.data import Batches
 from braniac.model.errors import CheckpointError, TrainingDiverged
 from braniac.model.fragments import Fragment, gather, scatter_, scatter_add_
 from braniac.model.gpt import GPT
+from braniac.model.objective import Objective, ObjectiveSettings, backward
 from braniac.model.optim import Optimizer, copy_checked
-from braniac.model.tiers import EMBEDDING, HEAD, is_ffn, parameter_count, parameter_shapes, rings_of, tier_width
+from braniac.model.tiers import (
+    EMBEDDING,
+    HEAD,
+    is_sliced,
+    layer_of,
+    parameter_count,
+    parameter_shapes,
+    rings_of,
+    rows_at,
+    tier_width,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +48,20 @@ class TrainSettings:
     warmup_steps: int = 20
     """Steps over which both learning rates rise linearly from zero."""
 
+    total_steps: int = 0
+    """Length of the training if it has one: the learning rates then fall linearly to zero at its end. 0: endless."""
+
+    cooldown_fraction: float = 0.4
+    """Last share of `total_steps` over which the learning rates fall."""
+
     weight_decay: float = 0.0
     """Decoupled decay: each step shrinks the weights by learning rate times this."""
 
-    subwidth_fraction: float = 0.25
-    """Share of the steps that train a random narrower tier inside this one (sandwich rule, Yu & Huang 2019)."""
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    """Which widths each step trains."""
+
+    checkpoint_layers: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, a third more work."""
 
     seed: int = 0
     """The run's seed: initial weights, and with the peer id all random choices."""
@@ -49,16 +69,26 @@ class TrainSettings:
     check_gradients: bool = False
     """Assert after each backward pass that no gradient leaked beyond the width in use."""
 
+    def lr_scale(self, step: int) -> float:
+        """What step number `step` multiplies both learning rates by."""
+        rise = (step + 1) / max(1, self.warmup_steps)
+        fall = (
+            (self.total_steps - step) / max(1.0, self.cooldown_fraction * self.total_steps) if self.total_steps else 1
+        )
+        return max(0.0, min(1.0, rise, fall))
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step did."""
 
     loss: float
-    """Before the update, nats per token."""
+    """Of the widest width trained, before the update, nats per token."""
     tokens: int
-    width: int
-    """FFN neurons in use."""
+    widths: tuple[int, ...]
+    """FFN neurons that the widest width used, per layer."""
+    losses: tuple[float, ...]
+    """Of every width trained, the widest first."""
 
 
 class Trainer:
@@ -73,53 +103,49 @@ class Trainer:
         self.step_count = 0
         self.model = GPT(config, tier)
         self.model.init_weights(settings.seed)
+        self.model.model.checkpoint_layers = settings.checkpoint_layers
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(
             self.params,
-            config.num_attention_heads,
+            config,
             learning_rate=settings.learning_rate,
             adam_learning_rate=settings.adam_learning_rate,
             weight_decay=settings.weight_decay,
         )
+        self.objective = Objective(settings.objective, config, tier, settings.seed, batches.peer)
 
     def step(self) -> StepResult:
-        """One forward and backward pass and one update.
+        """One update, from a forward and backward pass at each width of the step.
 
         Raises TrainingDiverged, with weights, optimizer and step count as before, if loss or gradient are not finite.
         """
-        width = self._step_width()
+        terms = self.objective.terms(self.step_count)
         tokens, targets = self.batches.batch(self.step_count)
         self.model.zero_grad()
-        loss = self.model.loss(tokens, targets, width)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if not math.isfinite(loss.item()) or not self._gradient_is_finite():
+        losses = backward(self.model, tokens, targets, terms, self.settings.objective.kl_weight)
+        if not all(map(math.isfinite, losses)) or not self._gradient_is_finite():
             raise TrainingDiverged(
-                f"the loss or its gradient is not finite at step {self.step_count} (loss {loss.item():g}): "
+                f"the loss or its gradient is not finite at step {self.step_count} (loss {losses[0]:g}): "
                 "lower the learning rate or reload the weights."
             )
+        widths = tuple(map(max, zip(*(term.widths for term in terms), strict=True)))
         if self.settings.check_gradients:
-            self._assert_gradient_stays_within(width)
-        self.optimizer.step(min(1.0, (self.step_count + 1) / max(1, self.settings.warmup_steps)), width)
+            self._assert_gradient_stays_within(widths)
+        self.optimizer.step(self.settings.lr_scale(self.step_count), widths)
         self.step_count += 1
-        return StepResult(loss.item(), tokens.numel(), width)
-
-    def _step_width(self) -> int:
-        """The whole tier, or, for a fraction of the steps, one of the narrower tiers in it."""
-        narrower = self.config.tiers - 1 - self.tier
-        chance, choice = keyed_bits("width", self.settings.seed, self.batches.peer, self.step_count, 2).tolist()
-        if narrower == 0 or chance >= self.settings.subwidth_fraction * 2.0**64:
-            return self.model.width
-        return tier_width(self.config, self.tier + 1 + choice % narrower)
+        return StepResult(losses[0], tokens.numel(), widths, tuple(losses))
 
     def _gradient_is_finite(self) -> bool:
         # A sum is finite only if every term is, and one number per tensor is cheaper than a mask.
         return all(p.grad is not None and math.isfinite(p.grad.sum().item()) for p in self.params.values())
 
-    def _assert_gradient_stays_within(self, width: int) -> None:
+    def _assert_gradient_stays_within(self, widths: Sequence[int]) -> None:
         for name, p in self.params.items():
-            if is_ffn(name):
+            layer = layer_of(name)
+            if layer is not None and is_sliced(self.config, name):
                 assert p.grad is not None
-                assert not p.grad[width:].any(), f"{name} has a gradient beyond the {width} neurons in use"
+                rows = rows_at(self.config, name, widths[layer])
+                assert not p.grad[rows:].any(), f"{name} has a gradient beyond the {rows} rows in use"
 
     def read(self, fragment: Fragment) -> Tensor:
         """A copy of the fragment's weights, float32 [size]."""
@@ -170,8 +196,10 @@ def memory_bytes_needed(config: ModelConfig, tier: int, settings: TrainSettings)
     d, width, layers = config.hidden_size, tier_width(config, tier), config.num_hidden_layers
     shapes = parameter_shapes(config, tier)
     parameters = parameter_count(config, tier)
-    tables = sum(math.prod(shapes[name]) for name in (EMBEDDING, HEAD))
+    tables = sum(math.prod(shapes.get(name, (0,))) for name in (EMBEDDING, HEAD))
     positions = settings.batch * config.context
-    activations = positions * (layers * (20 * d + 3 * width) + 4 * config.vocab_size)
+    per_layer = 20 * d + (5 if config.gated else 3) * width
+    kept = layers * d + per_layer if settings.checkpoint_layers else layers * per_layer
+    activations = positions * (kept + 4 * config.vocab_size)
     updates = parameters - tables + 4 * layers * max(2 * width * d, 3 * d * d)  # all momenta, one batch orthogonalised
     return 4 * (3 * parameters + tables + max(activations, updates))

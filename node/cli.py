@@ -71,7 +71,7 @@ def join(
     state_dir: StateDir = None,
     config: ConfigFile = None,
     set_: Sets = None,
-    preset: Annotated[str | None, typer.Option(metavar="tiny|small", help="Model of a new run.")] = None,
+    preset: Annotated[str | None, typer.Option(metavar="tiny|small[-llama]", help="Model of a new run.")] = None,
     run_id: Annotated[str | None, typer.Option(metavar="HEX", help="Join this run and no other.")] = None,
     listen: Annotated[
         list[str] | None, typer.Option(metavar="ADDR", help="Multiaddr to listen on, e.g. /ip4/0.0.0.0/tcp/4001.")
@@ -238,7 +238,7 @@ def swarm(
     seconds: Annotated[float, typer.Option(min=1, max=86_400, metavar="S", help="How long to train.")] = 120.0,
     kill: Annotated[int, typer.Option(min=0, max=1000, metavar="N", help="How often to SIGKILL and restart one.")] = 0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the run and of the kills.")] = 0,
-    preset: Annotated[str, typer.Option(metavar="tiny|small", help="Model of the run.")] = "tiny",
+    preset: Annotated[str, typer.Option(metavar="tiny|small[-llama]", help="Model of the run.")] = "tiny",
     slot_s: Annotated[float, typer.Option(min=0.1, max=3600, metavar="S", help="Slot length in seconds.")] = 1.0,
     set_: Sets = None,
     keep_dir: Annotated[

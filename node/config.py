@@ -76,8 +76,8 @@ class RunSection(_Section):
 
     name: str = Field(default="braniac", min_length=1, max_length=64)
     """What people call the run."""
-    preset: Literal["tiny", "small"] = "tiny"
-    """Which model: tiny has 0.5 million parameters, small 11 million."""
+    preset: Literal["tiny", "small", "tiny-llama", "small-llama"] = "tiny"
+    """Which model: tiny has half a million parameters, small 11 to 13 million; -llama ones export as stock Llama."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of the initial weights and of who reads which text."""
     slot_s: float | None = Field(default=None, ge=0.1, le=3600)

@@ -37,6 +37,7 @@ RECIPES = {
     # Hours long: 0.16 bit per parameter and window.
     "small": Recipe(slot_s=10.0, fragments=24, up_per_tile=64, down_per_tile=256),
 }
+RECIPES |= {f"{preset}-llama": recipe for preset, recipe in RECIPES.items()}
 
 
 def found_run(run: RunSection, identity: Identity, now: float) -> tuple[Manifest, bytes, bytes]:

@@ -143,7 +143,7 @@ class TrainerThread:
         self._failures_in_a_row = 0
         speed = result.tokens / max(1e-9, self._clock.monotonic() - began)
         loss = before.loss
-        if result.width == self._trainer.model.width:
+        if result.widths == self._trainer.model.neurons:
             loss = result.loss if loss is None else loss + _SMOOTHING * (result.loss - loss)
         self.progress = Progress(
             self._trainer.step_count,

@@ -15,9 +15,11 @@ from braniac.model.initial import initial_tensor, initial_units
 from braniac.model.tiers import (
     EMBEDDING,
     HEAD,
+    check_width,
+    heads_at,
+    layer_widths,
     parameter_count,
     parameter_shapes,
-    ring_of_row,
     ring_rows,
     rings_of,
     tier_width,
@@ -41,8 +43,10 @@ def test_presets_have_the_announced_sizes() -> None:
 
 
 def test_dict_round_trip_survives_json() -> None:
-    text = json.dumps(TINY.to_dict()).replace("15.0", "15")
-    assert ModelConfig.from_dict(json.loads(text)) == TINY
+    stretched = dataclasses.replace(NESTED, rope_scaling=(8.0, 1.0, 4.0, 64.0))
+    for config in (TINY, stretched):
+        text = json.dumps(config.to_dict()).replace("15.0", "15").replace("4.0", "4")
+        assert ModelConfig.from_dict(json.loads(text)) == config
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,14 @@ def test_dict_round_trip_survives_json() -> None:
         ({"num_attention_heads": 128}, "even"),
         ({"matformer_factor": 6}, "power of two"),
         ({"intermediate_size": 516}, "multiple of model.matformer_factor"),
+        ({"family": "gpt2"}, "model.family is 'gpt2': it must be one of nanogpt, llama"),
+        ({"num_key_value_heads": 3}, "multiple of model.num_key_value_heads"),
+        ({"head_size": 7}, "model.head_size is 7"),
+        ({"nested_heads": True}, "multiple of model.matformer_factor"),
+        ({"nested_heads": 1}, "true or false"),
+        ({"rope_scaling": [8.0, 1.0, 4.0]}, "model.rope_scaling"),
+        ({"rope_scaling": [8.0, 4.0, 1.0, 64.0]}, "larger than its second"),
+        ({"rope_scaling": "llama3"}, "model.rope_scaling"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_in_a_sentence(change: dict[str, Any], sentence: str) -> None:
@@ -73,20 +85,55 @@ def test_missing_keys_are_named() -> None:
         ModelConfig.from_dict({k: v for k, v in TINY.to_dict().items() if k not in ("hidden_size", "context")})
 
 
+UP, QUERY, KEY = (f"model.layers.0.{part}_proj.weight" for part in ("mlp.up", "self_attn.q", "self_attn.k"))
+NESTED = ModelConfig(
+    family="llama",
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    intermediate_size=512,
+    context=16,
+    nested_heads=True,
+)
+
+
 def test_rings_partition_the_neurons_and_tiers_are_prefixes_of_rings() -> None:
-    assert [ring_rows(TINY, ring) for ring in range(4)] == [(0, 64), (64, 128), (128, 256), (256, 512)]
+    assert [ring_rows(TINY, UP, ring) for ring in range(4)] == [(0, 64), (64, 128), (128, 256), (256, 512)]
     for tier in range(4):
-        rows = [row for ring in rings_of(TINY, tier) for row in range(*ring_rows(TINY, ring))]
+        rows = [row for ring in rings_of(TINY, tier) for row in range(*ring_rows(TINY, UP, ring))]
         assert rows == list(range(tier_width(TINY, tier)))
-    for row in range(512):
-        start, stop = ring_rows(TINY, ring_of_row(TINY, row))
-        assert start <= row < stop
+
+
+def test_nested_heads_are_halved_with_the_neurons() -> None:
+    assert [ring_rows(NESTED, KEY, ring) for ring in range(4)] == [(0, 4), (4, 8), (8, 16), (16, 32)]
+    assert [ring_rows(NESTED, QUERY, ring) for ring in range(4)] == [(0, 8), (8, 16), (16, 32), (32, 64)]
+    assert parameter_shapes(NESTED, 3)[QUERY] == (8, 64)
+    assert [heads_at(NESTED, width) for width in (64, 65, 128, 511, 512)] == [1, 2, 2, 8, 8]
+    assert heads_at(dataclasses.replace(NESTED, nested_heads=False), 64) == 8
 
 
 def test_a_model_without_nesting_has_one_tier_and_one_ring() -> None:
     config = dataclasses.replace(TINY, matformer_factor=1)
     assert config.tiers == 1
-    assert ring_rows(config, 0) == (0, 512)
+    assert ring_rows(config, UP, 0) == (0, 512)
+
+
+@pytest.mark.parametrize("width", [0, -64, 63, 100, 576])
+def test_a_width_that_is_no_prefix_of_the_configuration_is_refused(width: int) -> None:
+    with pytest.raises(ConfigError, match="a multiple of 64 from 64 to 512"):
+        check_width(TINY, width)
+
+
+def test_one_width_per_layer_or_one_for_all() -> None:
+    assert layer_widths(TINY, None) == (512, 512)
+    assert layer_widths(TINY, None, tier=2) == (128, 128)
+    assert layer_widths(TINY, 192) == (192, 192)
+    assert layer_widths(TINY, [64, 320]) == (64, 320)
+    with pytest.raises(ConfigError, match="3 widths: give one for each of 2 layers"):
+        layer_widths(TINY, [64, 64, 64])
+    with pytest.raises(ConfigError, match="exceeds the 128 neurons of tier 2"):
+        layer_widths(TINY, [64, 192], tier=2)
 
 
 @pytest.mark.parametrize("tier", [-1, 4])
@@ -102,6 +149,16 @@ def test_parameter_names_and_shapes() -> None:
     assert shapes["model.layers.1.mlp.down_proj.weight"] == (128, 128)
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (128, 128)
     assert len(shapes) == 2 + 2 * 6
+
+
+def test_llama_has_gains_a_gate_and_fewer_keys() -> None:
+    shapes = parameter_shapes(PRESETS["tiny-llama"], 1)
+    assert shapes["model.layers.0.mlp.gate_proj.weight"] == (256, 128)
+    assert shapes["model.layers.0.self_attn.k_proj.weight"] == (64, 128)
+    assert shapes["model.layers.1.post_attention_layernorm.weight"] == shapes["model.norm.weight"] == (128,)
+    assert len(shapes) == 3 + 2 * 9
+    tied = parameter_shapes(dataclasses.replace(PRESETS["tiny-llama"], tie_word_embeddings=True), 1)
+    assert shapes.keys() - tied.keys() == {HEAD}
 
 
 def test_initial_values_never_change() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
 
@@ -25,27 +26,42 @@ from braniac.model.fragments import (
     scatter_add_,
 )
 from braniac.model.initial import initial_tensor
-from braniac.model.tiers import is_ffn, parameter_count, parameter_shapes, ring_rows, rings_of
+from braniac.model.tiers import is_sliced, parameter_count, parameter_shapes, ring_rows, rings_of
 
 TINY = PRESETS["tiny"]
-GOLDEN_LAYOUT = "0bc73b3f29cf99ad9ae89c1970056c26c121ef422d23a33503fd58f05daa9ed9"
+GOLDEN_LAYOUT = "453cbc08ece0eb3b25a255a14c76211ce2b4a044e8ee82d8c9e9f4238f91cccf"
 # Nothing here is a multiple of 64: tiles shrink at every edge, ring 0 has 10 neurons.
 ODD = ModelConfig(
     hidden_size=72, num_hidden_layers=2, num_attention_heads=2, intermediate_size=80, vocab_size=100, context=8
+)
+# Gains, a gate, grouped queries, nested heads, a tied head.
+LLAMA = ModelConfig(
+    family="llama",
+    hidden_size=72,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_size=6,
+    intermediate_size=80,
+    vocab_size=100,
+    context=8,
+    tie_word_embeddings=True,
+    nested_heads=True,
 )
 
 
 def numbered(config: ModelConfig, tier: int) -> dict[str, torch.Tensor]:
     """Every parameter of the whole model holds its own number; a tier is the prefix."""
     params, start = {}, 0
-    for name, (rows, cols) in parameter_shapes(config, 0).items():
-        whole = torch.arange(start, start + rows * cols, dtype=torch.float32).view(rows, cols)
+    for name, shape in parameter_shapes(config, 0).items():
+        size = math.prod(shape)
+        whole = torch.arange(start, start + size, dtype=torch.float32).view(shape)
         params[name] = whole[: parameter_shapes(config, tier)[name][0]].clone()
-        start += rows * cols
+        start += size
     return params
 
 
-@pytest.mark.parametrize(("config", "count"), [(TINY, 4), (TINY, 8), (TINY, 23), (ODD, 5), (ODD, 9)])
+@pytest.mark.parametrize(("config", "count"), [(TINY, 4), (TINY, 8), (TINY, 23), (ODD, 5), (ODD, 9), (LLAMA, 7)])
 @pytest.mark.parametrize("tier", [0, 1, 2, 3])
 def test_the_fragments_of_a_tiers_rings_are_exactly_its_parameters(config: ModelConfig, count: int, tier: int) -> None:
     params = numbered(config, tier)
@@ -62,18 +78,31 @@ def test_the_fragments_of_a_tiers_rings_are_exactly_its_parameters(config: Model
     half_head=st.integers(1, 25),
     layers=st.integers(1, 2),
     core=st.integers(1, 70),
+    llama=st.booleans(),
+    nested=st.booleans(),
     log_factor=st.integers(0, 3),
     vocab=st.integers(2, 150),
     extra=st.integers(0, 3),
 )
 def test_any_table_is_a_partition(
-    heads: int, half_head: int, layers: int, core: int, log_factor: int, vocab: int, extra: int
+    heads: int,
+    half_head: int,
+    layers: int,
+    core: int,
+    llama: bool,
+    nested: bool,
+    log_factor: int,
+    vocab: int,
+    extra: int,
 ) -> None:
     factor = 1 << log_factor
     config = ModelConfig(
+        family="llama" if llama else "nanogpt",
+        nested_heads=nested,
+        head_size=2 * half_head,
         hidden_size=heads * half_head * 2,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
+        num_attention_heads=heads * factor,
         intermediate_size=core * factor,
         matformer_factor=factor,
         vocab_size=vocab,
@@ -85,9 +114,10 @@ def test_any_table_is_a_partition(
         for tile in fragment.tiles:
             assert tile.rows <= 64
             assert tile.cols <= 64
-            cover[tile.tensor][tile.row0 : tile.row0 + tile.rows, tile.col0 : tile.col0 + tile.cols] += 1
-            if is_ffn(tile.tensor):
-                start, stop = ring_rows(config, fragment.ring)
+            counts = np.atleast_2d(cover[tile.tensor])
+            counts[tile.row0 : tile.row0 + tile.rows, tile.col0 : tile.col0 + tile.cols] += 1
+            if is_sliced(config, tile.tensor):
+                start, stop = ring_rows(config, tile.tensor, fragment.ring)
                 assert start <= tile.row0
                 assert tile.row0 + tile.rows <= stop
             else:
@@ -159,13 +189,14 @@ def test_a_tier_cannot_touch_a_ring_that_it_does_not_hold() -> None:
         gather(params, outer)
 
 
-def test_initial_fragments_are_the_initial_tensors() -> None:
+@pytest.mark.parametrize("config", [ODD, LLAMA])
+def test_initial_fragments_are_the_initial_tensors(config: ModelConfig) -> None:
     params = {
-        name: torch.from_numpy(initial_tensor(ODD, name, shape, seed=9))
-        for name, shape in parameter_shapes(ODD, 0).items()
+        name: torch.from_numpy(initial_tensor(config, name, shape, seed=9))
+        for name, shape in parameter_shapes(config, 0).items()
     }
-    for fragment in fragment_table(ODD, 6):
-        units = initial_fragment(ODD, fragment, seed=9)
+    for fragment in fragment_table(config, 6):
+        units = initial_fragment(config, fragment, seed=9)
         assert units.dtype == np.int32
         assert np.array_equal(units, gather(params, fragment).numpy() * 2**20)
 

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from braniac.model.attention import KVCache, rotate
 from braniac.model.config import ModelConfig
 from braniac.model.decoding import generate
 from braniac.model.errors import ModelError
 from braniac.model.evaluate import held_out_loss
-from braniac.model.gpt import GPT, rotate
-from braniac.model.tiers import is_ffn, parameter_shapes
+from braniac.model.ffn import MatFormerFFN
+from braniac.model.gpt import GPT
+from braniac.model.tiers import WidthMap, is_gain, is_sliced, layer_of, parameter_shapes, rows_at
 from braniac.model.tokenizer import SEPARATOR, ByteTokenizer
 
 SMALL = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, context=16)
+LLAMA = dataclasses.replace(SMALL, family="llama", num_attention_heads=4, num_key_value_heads=2)
+NESTED = dataclasses.replace(SMALL, num_attention_heads=16, num_key_value_heads=8, head_size=4, nested_heads=True)
+TIED = dataclasses.replace(NESTED, family="llama", tie_word_embeddings=True)
+FAMILIES = {"nanogpt": SMALL, "llama": LLAMA, "nested": NESTED, "tied": TIED}
+each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 
 
-def random_model(tier: int = 0) -> GPT:
+def random_model(tier: int = 0, config: ModelConfig = SMALL) -> GPT:
     """A model whose zero matrices were filled too, identically on all tiers."""
-    model = GPT(SMALL, tier)
+    model = GPT(config, tier)
     whole = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.randn(parameter_shapes(SMALL, 0)[name], generator=whole)[: p.shape[0]] * 0.2)
+            values = torch.randn(parameter_shapes(config, 0)[name], generator=whole)[: p.shape[0]] * 0.2
+            p.copy_(1 + values if is_gain(name) else values)
     return model
 
 
@@ -32,16 +41,19 @@ def some_tokens(batch: int = 2, length: int = 16) -> torch.Tensor:
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def test_a_fresh_model_predicts_uniformly() -> None:
-    model = GPT(SMALL, 0)
+@each_family
+def test_a_fresh_model_predicts_uniformly(config: ModelConfig) -> None:
+    model = GPT(config, 0)
     model.init_weights(seed=0)
     tokens = some_tokens()
     assert model(tokens).shape == (2, 16, 256)
-    assert model.loss(tokens, tokens).item() == pytest.approx(math.log(256), abs=1e-5)
+    if not config.tie_word_embeddings:  # the head is zero
+        assert model.loss(tokens, tokens).item() == pytest.approx(math.log(256), abs=1e-5)
 
 
-def test_the_future_does_not_reach_the_past() -> None:
-    model, tokens = random_model(), some_tokens()
+@each_family
+def test_the_future_does_not_reach_the_past(config: ModelConfig) -> None:
+    model, tokens = random_model(config=config), some_tokens()
     changed = tokens.clone()
     changed[:, 10:] = (changed[:, 10:] + 1) % 256
     before, after = model(tokens), model(changed)
@@ -63,26 +75,98 @@ def test_rotary_products_depend_on_distance_alone() -> None:
 
 def test_logits_stay_below_the_softcap() -> None:
     model = random_model()
+    assert model.lm_head is not None
     with torch.no_grad():
         model.lm_head.weight.mul_(1000)
     assert model(some_tokens()).abs().max() <= SMALL.logit_softcap
 
 
+@each_family
 @pytest.mark.parametrize("tier", [1, 2, 3])
-def test_a_tier_computes_what_the_whole_model_computes_at_its_width(tier: int) -> None:
-    whole, part, tokens = random_model(), random_model(tier), some_tokens()
-    assert torch.allclose(part(tokens), whole(tokens, SMALL.intermediate_size >> tier), atol=1e-5)
+def test_a_tier_computes_what_the_whole_model_computes_at_its_width(config: ModelConfig, tier: int) -> None:
+    whole, part, tokens = random_model(config=config), random_model(tier, config), some_tokens()
+    assert torch.allclose(part(tokens), whole(tokens, config.intermediate_size >> tier), atol=1e-5)
     assert not torch.allclose(part(tokens), whole(tokens), atol=1e-2)
 
 
-def test_gradients_beyond_the_width_are_exactly_zero() -> None:
-    model, tokens = random_model(), some_tokens()
-    model.loss(tokens, tokens, width=8).backward()  # type: ignore[no-untyped-call]
+@each_family
+@pytest.mark.parametrize("widths", [(8, 8), (24, 40)])
+def test_gradients_beyond_the_width_are_exactly_zero(config: ModelConfig, widths: tuple[int, int]) -> None:
+    model, tokens = random_model(config=config), some_tokens()
+    model.loss(tokens, tokens, widths).backward()  # type: ignore[no-untyped-call]
+    sliced = 0
     for name, p in model.named_parameters():
-        if is_ffn(name):
+        layer = layer_of(name)
+        if layer is not None and is_sliced(config, name):
+            rows = rows_at(config, name, widths[layer])
             assert p.grad is not None
-            assert p.grad[:8].any()
-            assert not p.grad[8:].any()
+            assert p.grad[:rows].any()
+            assert not p.grad[rows:].any()
+            sliced += rows < len(p)
+    assert sliced == 2 * ((3 if config.gated else 2) + (4 if config.nested_heads else 0))
+
+
+def test_a_width_map_uses_each_layers_own_width() -> None:
+    model, tokens = random_model(), some_tokens()
+    mixed = model(tokens, (64, 8))
+    assert torch.equal(model(tokens, (64, 64)), model(tokens))
+    assert not torch.allclose(mixed, model(tokens), atol=1e-2)
+    assert not torch.allclose(mixed, model(tokens, 8), atol=1e-2)
+
+
+@each_family
+def test_a_model_with_a_width_per_layer_computes_the_same_as_the_map(config: ModelConfig) -> None:
+    whole, tokens = random_model(config=config), some_tokens()
+    part = GPT(config, neurons=(64, 24))
+    with torch.no_grad():
+        held = dict(whole.named_parameters())
+        for name, p in part.named_parameters():
+            p.copy_(held[name][: p.shape[0]])
+    assert torch.allclose(part(tokens), whole(tokens, (64, 24)), atol=1e-5)
+    assert torch.allclose(part(tokens, 24), whole(tokens, 24), atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_all_granularities_of_one_input_equal_one_at_a_time(gated: bool) -> None:
+    ffn = MatFormerFFN(6, 16, (16, 8, 4), gated=gated)
+    dice = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in ffn.parameters():
+            p.copy_(torch.randn(p.shape, generator=dice))
+    x_BTD = torch.randn(2, 3, 6, generator=dice)
+    for asked in ((16, 8, 4), (3, 16, 3)):
+        for width, nested in zip(asked, ffn.nested(x_BTD, asked), strict=True):
+            assert torch.allclose(nested, ffn(x_BTD, width), atol=1e-4)
+    assert len(ffn.nested(x_BTD)) == 3
+
+
+@each_family
+@pytest.mark.parametrize("widths", [None, 24, (8, 64)])
+def test_a_cache_changes_nothing_but_the_work(config: ModelConfig, widths: WidthMap) -> None:
+    model, tokens = random_model(config=config), some_tokens()
+    cache = KVCache(config, 2, 16)
+    with torch.no_grad():
+        whole = model(tokens, widths)
+        parts = [model(tokens[:, a:b], widths, cache) for a, b in ((0, 5), (5, 6), (6, 9), (9, 16))]
+        assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
+        cache.truncate(7)
+        assert torch.allclose(model(tokens[:, 7:12], widths, cache), whole[:, 7:12], atol=1e-4)
+        cache.select(torch.tensor([1, 1]))
+        again = model(tokens[[1, 1], 12:], widths, cache)
+        assert torch.allclose(again[0], whole[1, 12:], atol=1e-4)
+
+
+@each_family
+def test_recomputing_layers_gives_the_same_gradients(config: ModelConfig) -> None:
+    model, tokens = random_model(config=config), some_tokens()
+    gradients = []
+    for recompute in (False, True):
+        model.model.checkpoint_layers = recompute
+        model.zero_grad()
+        model.loss(tokens, tokens, (24, 64)).backward()  # type: ignore[no-untyped-call]
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert len(gradients[0]) == len(list(model.parameters()))
 
 
 def test_a_width_that_is_not_held_is_our_bug() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from braniac.model.config import ModelConfig
 from braniac.model.errors import CheckpointError
 from braniac.model.optim import Optimizer, orthogonalize
 from braniac.model.tiers import HEAD
@@ -12,7 +13,10 @@ from braniac.model.tiers import HEAD
 UP, DOWN, QUERY = (
     "model.layers.0.mlp.up_proj.weight",
     "model.layers.0.mlp.down_proj.weight",
-    "l.self_attn.q_proj.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+)
+CONFIG = ModelConfig(
+    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=16, context=4
 )
 
 
@@ -31,7 +35,7 @@ def set_gradients(params: dict[str, torch.Tensor], width: int, seed: int) -> Non
 
 
 def optimizer_for(params: dict[str, torch.Tensor], weight_decay: float = 0.0) -> Optimizer:
-    return Optimizer(params, heads=2, learning_rate=0.1, adam_learning_rate=0.01, weight_decay=weight_decay)
+    return Optimizer(params, config=CONFIG, learning_rate=0.1, adam_learning_rate=0.01, weight_decay=weight_decay)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (1, 32, 32)])
@@ -59,11 +63,11 @@ def test_rows_beyond_the_width_do_not_move_even_with_stale_momentum() -> None:
     params = some_params()
     optimizer = optimizer_for(params, weight_decay=0.1)
     set_gradients(params, 32, seed=1)
-    optimizer.step(1.0, width=32)
+    optimizer.step(1.0, [32])
     before = {name: p.detach().clone() for name, p in params.items()}
     momentum = {name: m.clone() for name, m in optimizer.momentum.items()}
     set_gradients(params, 8, seed=2)
-    optimizer.step(1.0, width=8)
+    optimizer.step(1.0, [8])
     for name in (UP, DOWN):
         assert torch.equal(params[name][8:], before[name][8:])
         assert torch.equal(optimizer.momentum[name][8:], momentum[name][8:])
@@ -78,8 +82,8 @@ def test_a_narrow_step_equals_the_step_of_the_narrow_model() -> None:
         grad = wide[name].grad
         assert grad is not None
         p.grad = grad[: len(p)].clone()
-    optimizer_for(wide).step(1.0, width=8)
-    optimizer_for(narrow).step(1.0, width=8)
+    optimizer_for(wide).step(1.0, [8])
+    optimizer_for(narrow).step(1.0, [8])
     for name, p in narrow.items():
         assert torch.allclose(wide[name][: len(p)], p, atol=1e-6)
 
@@ -89,7 +93,7 @@ def test_a_neurons_step_is_as_long_at_every_width(width: int) -> None:
     params = some_params(width)
     before = params[UP].detach().clone()
     set_gradients(params, width, seed=4)
-    optimizer_for(params).step(1.0, width)
+    optimizer_for(params).step(1.0, [width])
     length = (params[UP] - before).norm(dim=1).square().mean().sqrt().item()
     assert length == pytest.approx(0.1, rel=0.2)  # the learning rate
 
@@ -99,7 +103,7 @@ def test_down_counts_its_rows_as_inputs(width: int, scale: float) -> None:
     params = some_params(width)
     before = params[DOWN].detach().clone()
     set_gradients(params, width, seed=4)
-    optimizer_for(params).step(1.0, width)
+    optimizer_for(params).step(1.0, [width])
     change = (params[DOWN] - before).detach()
     assert torch.linalg.matrix_norm(change, 2).item() == pytest.approx(0.1 * scale, rel=0.2)
 
@@ -114,7 +118,7 @@ def test_muon_steps_along_the_nesterov_momentum() -> None:
         assert gradient is not None
         gradients.append(gradient.clone())
         before = params[UP].detach().clone()
-        optimizer.step(1.0, 32)
+        optimizer.step(1.0, [32])
     momentum = 0.95 * 0.05 * gradients[0] + 0.05 * gradients[1]
     update = 0.05 * gradients[1] + 0.95 * momentum
     expected = before - 0.1 * 2 * orthogonalize(update[None])[0]
@@ -128,7 +132,7 @@ def test_query_heads_are_orthogonalised_one_by_one() -> None:
     gradient = params[QUERY].grad
     assert gradient is not None
     gradient[:4] *= 1e-3  # one head's gradient is small
-    optimizer_for(params).step(1.0, 32)
+    optimizer_for(params).step(1.0, [32])
     heads = (params[QUERY] - before).detach().view(2, 4, 8)
     assert heads[0].norm().item() == pytest.approx(heads[1].norm().item(), rel=0.2)
 
@@ -137,7 +141,7 @@ def test_adams_first_step_has_the_length_of_its_learning_rate() -> None:
     params = some_params()
     before = params[HEAD].detach().clone()
     set_gradients(params, 32, seed=6)
-    optimizer_for(params).step(0.5, 32)
+    optimizer_for(params).step(0.5, [32])
     assert torch.allclose((params[HEAD] - before).abs(), torch.full_like(before, 0.005), rtol=1e-3)
 
 
@@ -146,7 +150,7 @@ def test_weight_decay_shrinks_what_has_no_gradient() -> None:
     before = {name: p.detach().clone() for name, p in params.items()}
     for p in params.values():
         p.grad = torch.zeros_like(p)
-    optimizer_for(params, weight_decay=0.5).step(1.0, 32)
+    optimizer_for(params, weight_decay=0.5).step(1.0, [32])
     assert torch.allclose(params[UP], before[UP] * 0.95)
     assert torch.allclose(params[HEAD], before[HEAD] * 0.995)
 
@@ -157,7 +161,7 @@ def test_saved_memory_continues_to_the_bit() -> None:
     for step in range(4):
         for params, optimizer in ((straight, one), (resumed, two)):
             set_gradients(params, 16, seed=step)
-            optimizer.step(1.0, 16)
+            optimizer.step(1.0, [16])
         saved = {name: t.clone() for name, t in two.state_tensors().items()}
         two = optimizer_for(resumed)
         two.load_state_tensors(saved)
@@ -178,7 +182,7 @@ def test_memory_that_does_not_fit_is_refused_whole(key: str, value: torch.Tensor
     params = some_params()
     optimizer = optimizer_for(params)
     set_gradients(params, 32, seed=0)
-    optimizer.step(1.0, 32)
+    optimizer.step(1.0, [32])
     kept = {name: t.clone() for name, t in optimizer.state_tensors().items()}
     saved = {name: torch.zeros_like(t) for name, t in kept.items()}
     if value is None:

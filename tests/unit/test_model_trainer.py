@@ -13,6 +13,7 @@ from braniac.model.data import Batches
 from braniac.model.errors import CheckpointError, TrainingDiverged
 from braniac.model.evaluate import held_out_loss
 from braniac.model.fragments import fragment_table, initial_fragment
+from braniac.model.objective import ObjectiveSettings
 from braniac.model.sources import Corpus
 from braniac.model.trainer import Trainer, TrainSettings
 
@@ -40,7 +41,7 @@ def test_it_learns(tier: int) -> None:
 
 def test_narrow_steps_keep_the_small_tiers_good() -> None:
     trainer = trainer_of()
-    widths = [trainer.step().width for _ in range(60)]
+    widths = [max(trainer.step().widths) for _ in range(60)]
     assert {16, 32, 64, 128} == set(widths)
     assert 0.6 < widths.count(128) / 60 < 0.9
     windows = trainer.batches.held_out(8)
@@ -48,9 +49,12 @@ def test_narrow_steps_keep_the_small_tiers_good() -> None:
 
 
 def test_the_smallest_tier_and_a_fraction_of_zero_always_use_all_they_hold() -> None:
-    smallest, whole = trainer_of(3), trainer_of(settings=dataclasses.replace(SETTINGS, subwidth_fraction=0.0))
-    assert {smallest.step().width for _ in range(12)} == {16}
-    assert {whole.step().width for _ in range(12)} == {128}
+    smallest, whole = (
+        trainer_of(3),
+        trainer_of(settings=dataclasses.replace(SETTINGS, objective=ObjectiveSettings(mode="fixed"))),
+    )
+    assert {smallest.step().widths for _ in range(12)} == {(16,)}
+    assert {whole.step().widths for _ in range(12)} == {(128,)}
 
 
 def test_all_tiers_start_from_the_same_anchors() -> None:

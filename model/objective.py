@@ -1,0 +1,162 @@
+"""Which widths a step trains, and with what weights: the training modes of a MatFormer on one device.
+
+  fixed    the whole tier, always
+  sampled  one width per step: the whole tier, or for a share of the steps a random narrower tier (what swarm peers do)
+  sandwich the widest, the narrowest and some random ones between, all in one step (Yu & Huang 2019, arXiv 1903.05134)
+  joint    all tiers in every step, sum_g alpha_g L_g (MatFormer, arXiv 2310.07707)
+  layers   like `sampled`, but a narrow step draws a width for every layer by itself
+
+Curriculum: the weights of `joint` may move from `alphas` to `final_alphas`. With `kl_weight`, the narrower widths of a
+step (`joint`, `sandwich`) are also pulled towards the distribution of the widest, which is held still.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from braniac.model.config import ModelConfig
+from braniac.model.data import keyed_bits
+from braniac.model.errors import ConfigError
+from braniac.model.gpt import GPT
+from braniac.model.tiers import tier_widths
+
+Mode = Literal["fixed", "sampled", "sandwich", "joint", "layers"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveSettings:
+    """What a step optimises. Raises ConfigError for values that do not fit."""
+
+    mode: Mode = "sampled"
+    """Which widths a step trains: fixed, sampled, sandwich, joint or layers."""
+
+    subwidth_fraction: float = 0.25
+    """sampled, layers: share of the steps that train less than the whole tier."""
+
+    sandwich_random: int = 1
+    """sandwich: random tiers between the widest and the narrowest in each step."""
+
+    alphas: tuple[float, ...] = ()
+    """joint: weight of each tier's loss, the widest first; their sum counts as one. Empty: all alike."""
+
+    final_alphas: tuple[float, ...] = ()
+    """joint: weights at the end of the curriculum. Empty: `alphas` throughout."""
+
+    curriculum_steps: int = 0
+    """joint: steps over which the weights move in a straight line from `alphas` to `final_alphas`."""
+
+    kl_weight: float = 0.0
+    """joint, sandwich: weight of KL(widest || narrower) in the loss of each narrower width."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"objective.mode is {self.mode!r}: it must be one of {', '.join(get_args(Mode))}.")
+        if not 0 <= self.subwidth_fraction <= 1:
+            raise ConfigError(f"objective.subwidth_fraction is {self.subwidth_fraction!r}: it must be from 0 to 1.")
+        if self.sandwich_random < 0 or self.curriculum_steps < 0:
+            raise ConfigError("objective.sandwich_random and curriculum_steps must not be negative.")
+        for name in ("alphas", "final_alphas"):
+            values = getattr(self, name)
+            if not all(math.isfinite(value) and value >= 0 for value in values) or (values and not sum(values)):
+                raise ConfigError(f"objective.{name} is {values!r}: it must be weights of at least 0, not all 0.")
+        if not (math.isfinite(self.kl_weight) and self.kl_weight >= 0):
+            raise ConfigError(f"objective.kl_weight is {self.kl_weight!r}: it must be at least 0.")
+
+    def check_tiers(self, held: int) -> None:
+        """Raise ConfigError unless the weights are for `held` tiers."""
+        for name in ("alphas", "final_alphas"):
+            if (count := len(getattr(self, name))) not in (0, held):
+                raise ConfigError(f"objective.{name} has {count} weights: give one for each of the {held} tiers held.")
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One width (or width map) of a step and the weight of its loss."""
+
+    widths: tuple[int, ...]
+    weight: float
+
+
+class Objective:
+    """The terms of every step: a function of the settings, the run's seed, the peer and the step."""
+
+    def __init__(self, settings: ObjectiveSettings, config: ModelConfig, tier: int, seed: int, peer: bytes) -> None:
+        self.settings = settings
+        self.layers = config.num_hidden_layers
+        self.held = tier_widths(config)[tier:]
+        self._draw: Callable[[int, int], list[int]] = lambda step, count: keyed_bits(
+            "width", seed, peer, step, count
+        ).tolist()
+        settings.check_tiers(len(self.held))
+
+    def terms(self, step: int) -> list[Term]:
+        """What step number `step` trains, the widest first."""
+        match self.settings.mode:
+            case "fixed":
+                return [self._uniform(0, 1.0)]
+            case "sampled" | "layers":
+                return [self._sampled(step)]
+            case "sandwich":
+                return self._sandwich(step)
+            case "joint":
+                weights = self.alphas(step)
+                return [self._uniform(tier, weight) for tier, weight in enumerate(weights) if weight > 0]
+
+    def alphas(self, step: int) -> list[float]:
+        """Weights of the held tiers in a step of mode joint; they sum to one."""
+        first = _normalised(self.settings.alphas or (1.0,) * len(self.held))
+        last = _normalised(self.settings.final_alphas) if self.settings.final_alphas else first
+        share = min(1.0, step / self.settings.curriculum_steps) if self.settings.curriculum_steps else 1.0
+        return [a + (b - a) * share for a, b in zip(first, last, strict=True)]
+
+    def _uniform(self, tier: int, weight: float) -> Term:
+        return Term((self.held[tier],) * self.layers, weight)
+
+    def _sampled(self, step: int) -> Term:
+        per_layer = self.settings.mode == "layers"
+        chance, *choices = self._draw(step, 1 + (self.layers if per_layer else 1))
+        narrower = len(self.held) - 1
+        if narrower == 0 or chance >= self.settings.subwidth_fraction * 2.0**64:
+            return self._uniform(0, 1.0)
+        if per_layer:
+            return Term(tuple(self.held[choice % len(self.held)] for choice in choices), 1.0)
+        return self._uniform(1 + choices[0] % narrower, 1.0)
+
+    def _sandwich(self, step: int) -> list[Term]:
+        last = len(self.held) - 1
+        between = list(range(1, last))
+        count = min(self.settings.sandwich_random, len(between))
+        chosen = [between.pop(draw % len(between)) for draw in (self._draw(step, count) if count else ())]
+        tiers = sorted({0, last, *chosen})
+        return [self._uniform(tier, 1 / len(tiers)) for tier in tiers]
+
+
+def _normalised(weights: tuple[float, ...]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
+
+
+def backward(model: GPT, tokens_BT: Tensor, targets_BT: Tensor, terms: list[Term], kl_weight: float) -> list[float]:
+    """Add the gradient of the weighted loss to the model's; the plain loss of each term, in nats per token.
+
+    One width at a time, so that the activations of only one are alive.
+    """
+    losses, teacher_NV = [], None
+    for number, term in enumerate(terms):
+        logits_NV = model(tokens_BT, term.widths).flatten(0, 1)
+        loss = F.cross_entropy(logits_NV, targets_BT.flatten())
+        losses.append(loss.item())
+        if kl_weight and len(terms) > 1:
+            log_probs_NV = F.log_softmax(logits_NV, dim=-1)
+            if teacher_NV is None:
+                assert number == 0, "the widest comes first"
+                teacher_NV = log_probs_NV.detach()
+            else:
+                loss = loss + kl_weight * F.kl_div(log_probs_NV, teacher_NV, log_target=True, reduction="batchmean")
+        (term.weight * loss).backward()  # type: ignore[no-untyped-call]
+    return losses
