@@ -25,8 +25,8 @@ WIDTH_KEY = "intermediate_size"
 TIER_KEY = "matformer_tier"
 BASE_KEY = "matformer_base_intermediate_size"
 
-_MAX_WIDTH = 1 << 20
-_MAX_TIER = 20
+MAX_WIDTH = 1 << 20
+MAX_TIER = 20
 _FOLDER_NAME = re.compile(r".+-tier([0-9]|1[0-9]|20)")
 
 
@@ -148,9 +148,9 @@ def _explicit_tier(config: Mapping[str, object]) -> int | None:
     value = config.get(TIER_KEY)
     if value is None:
         return None
-    if type(value) is not int or not 0 <= value <= _MAX_TIER:
+    if type(value) is not int or not 0 <= value <= MAX_TIER:
         raise CheckpointError(
-            f"config.json has {TIER_KEY} {value!r}: it must be a whole number from 0 to {_MAX_TIER}, or absent."
+            f"config.json has {TIER_KEY} {value!r}: it must be a whole number from 0 to {MAX_TIER}, or absent."
         )
     return value
 
@@ -161,8 +161,8 @@ def _positive(config: Mapping[str, object], key: str) -> int | None:
 
 
 def _check(value: object, what: str) -> int:
-    if type(value) is not int or not 1 <= value <= _MAX_WIDTH:
-        raise CheckpointError(f"{what} is {value!r}: it must be a whole number from 1 to {_MAX_WIDTH}.")
+    if type(value) is not int or not 1 <= value <= MAX_WIDTH:
+        raise CheckpointError(f"{what} is {value!r}: it must be a whole number from 1 to {MAX_WIDTH}.")
     return value
 
 
