@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from braniac.node import commands
+from braniac.node.cli_model import model_app
+from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, node_config
 from braniac.node.failures import explain
 from braniac.protocol.limits import PROTOCOL_VERSION
-
-if TYPE_CHECKING:
-    from braniac.node.config import NodeConfig
 
 app = typer.Typer(
     name="braniac-node",
@@ -31,16 +30,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. train.batch=4; repeatable. Flags win over it."),
-]
-StateDir = Annotated[
-    Path | None, typer.Option("--state-dir", metavar="DIR", help="Folder of the node's key and state.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+app.add_typer(model_app)
 
 
 @app.callback()
@@ -49,13 +39,6 @@ def _global_options(
 ) -> None:
     if debug:
         os.environ["BRANIAC_DEBUG"] = "1"  # in the environment, so that the daemons of `swarm` inherit it
-
-
-def _config(file: Path | None, sets: Sequence[str] | None, **flags: object) -> NodeConfig:
-    """Configuration from all five layers; a flag's keyword is its setting's key with `__` for the dot."""
-    from braniac.node.settings_merge import load_config
-
-    return load_config(file, os.environ, sets or (), {key.replace("__", "."): flag for key, flag in flags.items()})
 
 
 @app.command()
@@ -91,7 +74,7 @@ def join(
       braniac-node join --peers /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW... --tier 2 --data ~/books
       braniac-node join --config node.toml --set train.threads=2 --metrics-port 9464
     """
-    settings = _config(
+    settings = node_config(
         config,
         set_,
         network__peers=commands.split_addresses(peers),
@@ -123,7 +106,7 @@ def status(json: Json = False, state_dir: StateDir = None, config: ConfigFile = 
     """
     from braniac.node.control import ControlClient
 
-    reply = ControlClient(_config(config, set_, state__dir=state_dir).control_socket).status()
+    reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).status()
     typer.echo(commands.json_text(commands.message_dict(reply)) if json else commands.status_text(reply))
 
 
@@ -138,7 +121,7 @@ def peers(json: Json = False, state_dir: StateDir = None, config: ConfigFile = N
     """
     from braniac.node.control import ControlClient
 
-    reply = ControlClient(_config(config, set_, state__dir=state_dir).control_socket).peers()
+    reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).peers()
     typer.echo(commands.json_text(commands.message_dict(reply)) if json else commands.peers_text(reply))
 
 
@@ -160,75 +143,8 @@ def leave(
     """
     from braniac.node.control import ControlClient
 
-    ControlClient(_config(config, set_, state__dir=state_dir).control_socket).leave(now=now)
+    ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).leave(now=now)
     typer.echo("the node stops now" if now else "the node finishes the slot in hand and stops")
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(metavar="TEXT", help="How the text begins.")],
-    tokens: Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="How many tokens to write.")] = 200,
-    temperature: Annotated[
-        float, typer.Option(min=0, max=100, metavar="X", help="0 always takes the likeliest token.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, metavar="K", help="Choose among the K likeliest; 0: all.")] = 40,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same text.")] = 0,
-    tier: Annotated[
-        int | None, typer.Option(min=0, max=3, metavar="0..3", help="Use this slice of the model; default: all held.")
-    ] = None,
-    state_dir: StateDir = None,
-    config: ConfigFile = None,
-    set_: Sets = None,
-) -> None:
-    """Let the trained model write text.
-
-    It is read from the node's last checkpoint; the node may be running or not.
-
-    \b
-    Examples:
-      braniac-node generate "def main("
-      braniac-node generate "import" --tokens 500 --temperature 0.5 --tier 3
-    """
-    settings = _config(config, set_, state__dir=state_dir)
-    from braniac.node import offline
-
-    pieces = offline.generate(
-        settings.state.dir, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, tier=tier
-    )
-    typer.echo(prompt, nl=False)
-    for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo()
-
-
-@app.command()
-def evaluate(
-    json: Json = False,
-    tiers: Annotated[
-        str | None, typer.Option(metavar="0,1,...", help="Slices to evaluate; default: all the node holds.")
-    ] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text whose held-out part to use; repeatable.")
-    ] = None,
-    state_dir: StateDir = None,
-    config: ConfigFile = None,
-    set_: Sets = None,
-) -> None:
-    """Measure the trained model on held-out text.
-
-    It is read from the node's last checkpoint; losses are in nats per byte.
-
-    \b
-    Examples:
-      braniac-node evaluate
-      braniac-node evaluate --tiers 0,3 --json
-    """
-    settings = _config(config, set_, state__dir=state_dir, data__paths=data)
-    wanted = None if tiers is None else commands.parse_tiers(tiers)
-    from braniac.node import offline
-
-    result = offline.evaluate(settings.state.dir, data=settings.data.paths, tiers=wanted)
-    typer.echo(commands.json_text(result) if json else commands.aligned_text(result))
 
 
 @app.command()
@@ -256,7 +172,7 @@ def swarm(
     """
     from braniac.node.config import SwarmOptions
 
-    preset = _config(None, None, run__preset=preset).run.preset
+    preset = node_config(None, None, run__preset=preset).run.preset
     options = SwarmOptions(
         nodes=nodes, tiers=commands.parse_tiers(tiers), seconds=seconds, kill=kill, seed=seed, preset=preset,
         slot_s=slot_s, sets=tuple(set_ or ()), keep_dir=keep_dir, json=json,
@@ -288,7 +204,7 @@ def config_show(state_dir: StateDir = None, config: ConfigFile = None, set_: Set
     """
     from braniac.node.settings_merge import render_toml
 
-    typer.echo(render_toml(_config(config, set_, state__dir=state_dir)), nl=False)
+    typer.echo(render_toml(node_config(config, set_, state__dir=state_dir)), nl=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
