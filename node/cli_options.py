@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-if TYPE_CHECKING:
-    from braniac.node.config import NodeConfig
+if TYPE_CHECKING:  # pydantic loads only for the commands that read a configuration
+    from braniac.node.config import NodeConfig, Root
+
+_Root = TypeVar("_Root", bound="Root")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings.")]
 Sets = Annotated[
@@ -23,8 +25,16 @@ StateDir = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def node_config(file: Path | None, sets: Sequence[str] | None, **flags: object) -> NodeConfig:
-    """A node's configuration from all five layers; a flag's keyword is its setting's key with `__` for the dot."""
+def merged(root: type[_Root], file: Path | None, sets: Sequence[str] | None, **flags: object) -> _Root:
+    """Configuration from all five layers; a flag's keyword is its setting's key with `__` for the dot."""
     from braniac.node.settings_merge import load_config
 
-    return load_config(file, os.environ, sets or (), {key.replace("__", "."): flag for key, flag in flags.items()})
+    named = {key.replace("__", "."): flag for key, flag in flags.items()}
+    return load_config(root, file, os.environ, sets or (), named)
+
+
+def node_config(file: Path | None, sets: Sequence[str] | None, **flags: object) -> NodeConfig:
+    """A node's configuration."""
+    from braniac.node.config import NodeConfig as Node
+
+    return merged(Node, file, sets, **flags)

@@ -1,14 +1,14 @@
 """What can be set about a node: frozen pydantic models, one per section, with units in the names.
 
-`settings_merge.load_config` fills them from flags, `--set`, the environment and a TOML file; nothing else builds a
-`NodeConfig` from what a person typed. A section is frozen, so the daemon can hand it to any thread.
+`settings_merge.load_config` fills them from flags, `--set`, the environment and a TOML file; nothing else builds one
+from what a person typed. A section is frozen, so the daemon can hand it to any thread.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -30,6 +30,7 @@ def _digits_to_int(value: object) -> object:
     return int(value) if isinstance(value, str) and value in {"0", "1", "2", "3"} else value
 
 
+Preset = Literal["tiny", "small", "tiny-llama", "small-llama"]
 Tier = Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_digits_to_int)]
 
 
@@ -42,19 +43,34 @@ UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 StatePath = Annotated[Path, AfterValidator(_whole)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Named settings that belong together."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
         # Python calls True an int; a person who writes `batch = true` made a mistake.
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("a value that is not true or false")
+        if isinstance(value, bool) and info.field_name:
+            annotation = cls.model_fields[info.field_name].annotation
+            if bool not in (annotation, *get_args(annotation)):
+                raise ValueError("a value that is not true or false")
         return value
 
 
-class NetworkSection(_Section):
+class Root(Section):
+    """All that can be set for one kind of command: sections, and nothing beside them."""
+
+    ENVIRONMENT_PREFIX: ClassVar[str]
+    """An environment variable of this prefix and `section__key` sets that key."""
+    SHOWN_BY: ClassVar[str]
+    """The command that lists all settings."""
+    STATE_DIRECTORY: ClassVar[tuple[str, str] | None] = None
+    """Section and key of the folder that systemd's variable of this name decides, if any."""
+
+
+class NetworkSection(Section):
     """Whom to reach, and how to be reached."""
 
     peers: tuple[str, ...] = ()
@@ -71,12 +87,12 @@ class NetworkSection(_Section):
     """Deadline of one call to a peer."""
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """A new run, written into its manifest by the founder; a node that joins takes the manifest as it is."""
 
     name: str = Field(default="braniac", min_length=1, max_length=64)
     """What people call the run."""
-    preset: Literal["tiny", "small", "tiny-llama", "small-llama"] = "tiny"
+    preset: Preset = "tiny"
     """Which model: tiny has half a million parameters, small 11 to 13 million; -llama ones export as stock Llama."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of the initial weights and of who reads which text."""
@@ -90,7 +106,7 @@ class RunSection(_Section):
     """Values the merged update holds of each 64x64 tile; not set: the preset's own."""
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """How this device trains."""
 
     tier: Tier = "auto"
@@ -105,14 +121,14 @@ class TrainSection(_Section):
     """Scheduling priority of the training thread: 19 yields to everything else."""
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The text to train on."""
 
     paths: tuple[UserPath, ...] = ()
     """Files or folders; empty: the source code of the Python standard library."""
 
 
-class StateSection(_Section):
+class StateSection(Section):
     """What survives a restart."""
 
     dir: StatePath = Field(default_factory=default_state_dir)
@@ -121,7 +137,7 @@ class StateSection(_Section):
     """Checkpoints to keep; one is made with every contribution."""
 
 
-class MetricsSection(_Section):
+class MetricsSection(Section):
     """The Prometheus endpoint."""
 
     enabled: bool = True
@@ -132,7 +148,7 @@ class MetricsSection(_Section):
     """Port to serve on; 0 takes any free one and logs it."""
 
 
-class LogSection(_Section):
+class LogSection(Section):
     """What the node writes to stderr."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -141,8 +157,12 @@ class LogSection(_Section):
     """console: readable lines; json: one object per line; auto: readable, coloured on a terminal only."""
 
 
-class NodeConfig(_Section):
+class NodeConfig(Root):
     """Everything that can be set about a node."""
+
+    ENVIRONMENT_PREFIX: ClassVar[str] = "BRANIAC_NODE__"
+    SHOWN_BY: ClassVar[str] = "braniac-node config show"
+    STATE_DIRECTORY: ClassVar[tuple[str, str] | None] = ("state", "dir")
 
     network: NetworkSection = NetworkSection()
     run: RunSection = RunSection()

@@ -1,8 +1,8 @@
-"""Merge what was set in five places into one `NodeConfig`, and say in one sentence what is wrong with it.
+"""Merge what was set in five places into one configuration, and say in one sentence what is wrong with it.
 
-A flag wins over `--set key.path=value`, that over the environment (`BRANIAC_NODE__section__key=value`), that over the
-TOML file, that over the defaults. Text is read by the type of the setting it is for: `--set run.name=2026` is a name.
-A list is a TOML array or items separated by commas, and `--set network.peers.1=ADDR` replaces one of its items.
+A flag wins over `--set key.path=value`, that over the environment (`BRANIAC_NODE__section__key=value` for a node), that
+over the TOML file, that over the defaults. Text is read by the type of the setting it is for: `--set run.name=2026` is
+a name. A list is a TOML array or items separated by commas, and `--set network.peers.1=ADDR` replaces one of its items.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from braniac.node.config import NodeConfig
+from braniac.node.config import Root
 from braniac.node.errors import ConfigError
 
-ENVIRONMENT_PREFIX = "BRANIAC_NODE__"
+_Root = TypeVar("_Root", bound=Root)
 
 
 @dataclass(frozen=True)
@@ -39,38 +39,38 @@ class Setting:
 
 
 def load_config(
-    file: Path | None, environ: Mapping[str, str], sets: Sequence[str], flags: Mapping[str, object]
-) -> NodeConfig:
-    """Build the configuration of a node.
+    root: type[_Root], file: Path | None, environ: Mapping[str, str], sets: Sequence[str], flags: Mapping[str, object]
+) -> _Root:
+    """Build a configuration of the given kind.
 
     `sets` are the arguments of `--set`; `flags` maps dotted keys to values, None meaning that the flag was not given.
     Raises ConfigError.
     """
-    settings = [*_from_systemd(environ)]
+    settings = [*_from_systemd(root, environ)]
     if file is not None:
-        settings += _from_file(file)
-    settings += _from_environment(environ)
-    settings += _from_sets(sets)
+        settings += _from_file(root, file)
+    settings += _from_environment(root, environ)
+    settings += _from_sets(root, sets)
     settings += [Setting(tuple(key.split(".")), v, "the command line") for key, v in flags.items() if v is not None]
     tree: dict[str, dict[str, Any]] = {}
     origins: dict[tuple[str, ...], str] = {}
     for setting in settings:
-        _apply(tree, setting)
+        _apply(root, tree, setting)
         origins[setting.path[:2]] = setting.origin
     try:
-        return NodeConfig.model_validate(tree)
+        return root.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_sentence(error.errors(include_url=False)[0], origins)) from None
 
 
-def _from_systemd(environ: Mapping[str, str]) -> Iterator[Setting]:
+def _from_systemd(root: type[Root], environ: Mapping[str, str]) -> Iterator[Setting]:
     # systemd sets this for `StateDirectory=`; several folders are separated by colons and the first is the main one.
     folder = environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if folder:
-        yield Setting(("state", "dir"), folder, "STATE_DIRECTORY")
+    if folder and root.STATE_DIRECTORY is not None:
+        yield Setting(root.STATE_DIRECTORY, folder, "STATE_DIRECTORY")
 
 
-def _from_file(file: Path) -> Iterator[Setting]:
+def _from_file(root: type[Root], file: Path) -> Iterator[Setting]:
     try:
         content = tomllib.loads(file.expanduser().read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -81,29 +81,29 @@ def _from_file(file: Path) -> Iterator[Setting]:
         raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}; check --config") from None
     for section, table in content.items():
         if not isinstance(table, dict):
-            _refuse_path((section,), str(file))
+            _refuse_path(root, (section,), str(file))
         for key, value in table.items():
-            yield _checked(Setting((section, key), value, str(file)))
+            yield _checked(root, Setting((section, key), value, str(file)))
 
 
-def _from_environment(environ: Mapping[str, str]) -> Iterator[Setting]:
+def _from_environment(root: type[Root], environ: Mapping[str, str]) -> Iterator[Setting]:
     for name in sorted(environ):  # sorted: an item of a list is set after the list
-        if name.startswith(ENVIRONMENT_PREFIX):
-            path = tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"))
-            yield _from_text(path, environ[name], name)
+        if name.startswith(root.ENVIRONMENT_PREFIX):
+            path = tuple(name.removeprefix(root.ENVIRONMENT_PREFIX).lower().split("__"))
+            yield _from_text(root, path, environ[name], name)
 
 
-def _from_sets(sets: Sequence[str]) -> Iterator[Setting]:
+def _from_sets(root: type[Root], sets: Sequence[str]) -> Iterator[Setting]:
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text!r} has no '=': write --set key.path=value, as in --set train.batch=4")
-        yield _from_text(tuple(key.strip().split(".")), value.strip(), "--set")
+        yield _from_text(root, tuple(key.strip().split(".")), value.strip(), "--set")
 
 
-def _from_text(path: tuple[str, ...], text: str, origin: str) -> Setting:
-    setting = _checked(Setting(path, text, origin))
-    return Setting(path, _parse(text, into_list=_is_list(setting.path) and len(path) == 2), origin)
+def _from_text(root: type[Root], path: tuple[str, ...], text: str, origin: str) -> Setting:
+    setting = _checked(root, Setting(path, text, origin))
+    return Setting(path, _parse(text, into_list=_is_list(root, setting.path) and len(path) == 2), origin)
 
 
 def _parse(text: str, *, into_list: bool) -> object:
@@ -121,31 +121,31 @@ def _parse(text: str, *, into_list: bool) -> object:
     return text
 
 
-def _sections() -> dict[str, Mapping[str, FieldInfo]]:
+def _sections(root: type[Root]) -> dict[str, Mapping[str, FieldInfo]]:
     sections: dict[str, Mapping[str, FieldInfo]] = {}
-    for name, field in NodeConfig.model_fields.items():
+    for name, field in root.model_fields.items():
         assert isinstance(field.annotation, type)
         assert issubclass(field.annotation, BaseModel)
         sections[name] = field.annotation.model_fields
     return sections
 
 
-def _is_list(path: tuple[str, ...]) -> bool:
-    return get_origin(_sections()[path[0]][path[1]].annotation) is tuple
+def _is_list(root: type[Root], path: tuple[str, ...]) -> bool:
+    return get_origin(_sections(root)[path[0]][path[1]].annotation) is tuple
 
 
-def _checked(setting: Setting) -> Setting:
+def _checked(root: type[Root], setting: Setting) -> Setting:
     """The setting itself, if there is one of that name. Raises ConfigError."""
-    section = _sections().get(setting.path[0])
+    section = _sections(root).get(setting.path[0])
     known = section is not None and len(setting.path) > 1 and setting.path[1] in section
-    if not known or len(setting.path) > 3 or (len(setting.path) == 3 and not _is_list(setting.path)):
-        _refuse_path(setting.path, setting.origin)
+    if not known or len(setting.path) > 3 or (len(setting.path) == 3 and not _is_list(root, setting.path)):
+        _refuse_path(root, setting.path, setting.origin)
     return setting
 
 
-def _refuse_path(path: tuple[str, ...], origin: str) -> None:
+def _refuse_path(root: type[Root], path: tuple[str, ...], origin: str) -> None:
     key = ".".join(path)
-    sections = _sections()
+    sections = _sections(root)
     if key in sections:
         example = f"{key}.{next(iter(sections[key]))}"
         raise ConfigError(
@@ -153,23 +153,24 @@ def _refuse_path(path: tuple[str, ...], origin: str) -> None:
         )
     names = [f"{section}.{field}" for section, fields in sections.items() for field in fields]
     close = difflib.get_close_matches(key, names, n=1) or [name for name in names if name.split(".")[1] == path[-1]]
-    hint = f"did you mean {close[0]!r}?" if close else "`braniac-node config show` lists all there are"
+    hint = f"did you mean {close[0]!r}?" if close else f"`{root.SHOWN_BY}` lists all there are"
     raise ConfigError(f"unknown setting {key!r} (from {origin}): {hint}")
 
 
-def _apply(tree: dict[str, dict[str, Any]], setting: Setting) -> None:
+def _apply(root: type[Root], tree: dict[str, dict[str, Any]], setting: Setting) -> None:
     section, key, *index = setting.path
     if not index:
         tree.setdefault(section, {})[key] = setting.value
         return
     items = tree.get(section, {}).get(key)
     if items is None:
-        items = getattr(getattr(NodeConfig(), section), key)
+        items = getattr(getattr(root(), section), key)
     if not isinstance(items, list | tuple):
         raise ConfigError(f"{section}.{key} = {_shown(items)} is not a list: give it as [item, item]")
     if not index[0].isdecimal() or int(index[0]) >= len(items):
         count = f"{len(items)} item{'' if len(items) == 1 else 's'}, counted from 0"
-        raise ConfigError(f"no {setting.key!r} (from {setting.origin}): {section}.{key} has {count}")
+        hint = "" if items else ": set the whole list first, as in item,item"
+        raise ConfigError(f"no {setting.key!r} (from {setting.origin}): {section}.{key} has {count}{hint}")
     tree.setdefault(section, {})[key] = [setting.value if i == int(index[0]) else item for i, item in enumerate(items)]
 
 
@@ -201,10 +202,10 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def render_toml(config: NodeConfig) -> str:
+def render_toml(config: Root) -> str:
     """The whole configuration as a TOML file with a comment per key; reading it back gives the same configuration."""
     lines: list[str] = []
-    for section, fields in _sections().items():
+    for section, fields in _sections(type(config)).items():
         lines += [f"[{section}]"]
         for key, field in fields.items():
             value = getattr(getattr(config, section), key)

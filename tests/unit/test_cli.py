@@ -13,6 +13,7 @@ import typer
 from braniac.model.errors import DataError, ModelError
 from braniac.node import commands, control_pb2
 from braniac.node.cli import app, main
+from braniac.node.config import NodeConfig
 from braniac.node.errors import AlreadyRunning, ConfigError, NodeError
 from braniac.node.failures import explain
 from braniac.node.settings_merge import load_config
@@ -86,7 +87,7 @@ def test_config_show_prints_a_file_that_reads_back(tmp_path: Path, capsys: pytes
     assert main(["config", "show", "--set", "train.tier=2", "--state-dir", str(tmp_path)]) == 0
     file = tmp_path / "node.toml"
     file.write_text(capsys.readouterr().out)
-    config = load_config(file, {}, (), {})
+    config = load_config(NodeConfig, file, {}, (), {})
     assert (config.train.tier, config.state.dir) == (2, tmp_path)
 
 

@@ -23,7 +23,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, object] | None = None,
 ) -> NodeConfig:
-    return load_config(file, environ or {}, sets, flags or {})
+    return load_config(NodeConfig, file, environ or {}, sets, flags or {})
 
 
 def sentence(*sets: str, file: Path | None = None, environ: Mapping[str, str] | None = None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from braniac.node.config import NodeConfig
 from braniac.node.metrics import Metrics
 from braniac.node.settings_merge import load_config
 
@@ -89,7 +90,7 @@ def test_a_service_can_do_nothing_that_it_need_not(name: str) -> None:
 @pytest.mark.parametrize("name", NODES)
 def test_a_node_gets_settings_that_exist(name: str) -> None:
     environment = {key: with_defaults(value) for key, value in SERVICES[name]["environment"].items()}
-    config = load_config(None, image_environment() | environment, (), {})
+    config = load_config(NodeConfig, None, image_environment() | environment, (), {})
     assert config.state.dir == Path("/var/lib/braniac")
     assert config.metrics.host == "0.0.0.0"
     assert config.network.listen == ("/ip4/0.0.0.0/tcp/4001",)
