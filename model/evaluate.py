@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from braniac.model.gpt import GPT
+from braniac.model.tiers import WidthMap
 
 EVALUATION_BATCH = 16
 
 
-def held_out_loss(model: GPT, windows: tuple[Tensor, Tensor], width: int | None = None) -> float:
+def held_out_loss(model: GPT, windows: tuple[Tensor, Tensor], width: WidthMap = None) -> float:
     """Mean cross-entropy over (tokens, targets), each int64 [N, T], in nats per token: per byte for byte-level text."""
     tokens, targets = windows
     assert len(tokens) > 0, "no windows to evaluate"
