@@ -57,10 +57,17 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, width: int, cache: KVCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
-        heads = heads_at(self.config, width)
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TK, sin_TK, heads, cache)
-        x_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), width)
-        return x_BTD
+        return self.feed(self.attend(x_BTD, cos_TK, sin_TK, heads_at(self.config, width), cache), width)
+
+    def attend(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, kv_heads: int, cache: KVCache | None) -> Tensor:
+        """The first half, with that many key-value heads: [B, T, D] -> [B, T, D]"""
+        out_BTD: Tensor = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TK, sin_TK, kv_heads, cache)
+        return out_BTD
+
+    def feed(self, x_BTD: Tensor, width: int) -> Tensor:
+        """The second half, with that many neurons: [B, T, D] -> [B, T, D]"""
+        out_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), width)
+        return out_BTD
 
 
 class Decoder(nn.Module):
@@ -86,9 +93,7 @@ class Decoder(nn.Module):
         stop = start + tokens_BT.shape[1]
         assert stop <= len(self.cos_TK), f"{stop} tokens do not fit a context of {len(self.cos_TK)}"
         cos_TK, sin_TK = self.cos_TK[start:stop], self.sin_TK[start:stop]
-        x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight)
-        if self.config.family == "nanogpt":
-            x_BTD = F.rms_norm(x_BTD, (self.config.hidden_size,))
+        x_BTD = self.embed(tokens_BT)
         for block, width in zip(self.layers, widths, strict=True):
             if self.checkpoint_layers and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, cos_TK, sin_TK, width, None, use_reentrant=False)
@@ -98,6 +103,11 @@ class Decoder(nn.Module):
             cache.length = stop
         out_BTD: Tensor = self.norm(x_BTD)
         return out_BTD
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """int64 [B, T] -> [B, T, D]"""
+        x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight)
+        return F.rms_norm(x_BTD, (self.config.hidden_size,)) if self.config.family == "nanogpt" else x_BTD
 
 
 class GPT(nn.Module):
@@ -132,7 +142,10 @@ class GPT(nn.Module):
 
     def forward(self, tokens_BT: Tensor, width: WidthMap = None, cache: KVCache | None = None) -> Tensor:
         """int64 [B, T] -> logits [B, T, V]. With a cache, the tokens continue what it holds, and it grows by them."""
-        x_BTD = self.model(tokens_BT, self.layer_widths(width), cache)
+        return self.logits(self.model(tokens_BT, self.layer_widths(width), cache))
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Of the final norm's output: [B, T, D] -> [B, T, V]"""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         logits_BTV: Tensor = head(x_BTD)
         if self.config.family == "nanogpt":

@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from braniac.node import commands
-from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, node_config
+from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, merged, node_config
 
 model_app = typer.Typer()
+
+
+@model_app.command()
+def train(
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text file or folder to train on; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the checkpoints; default: trained.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart/--resume", help="Discard the checkpoints in --out, or go on from the newest.")
+    ] = False,
+    config: ConfigFile = None,
+    set_: Sets = None,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print every setting as a file for --config, and stop.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train a model on this device alone.
+
+    Progress goes to stderr, the result to stdout. SIGTERM or Ctrl-C finish the step in hand and save; the same command
+    then goes on from there, to the same weights as without the interruption. Losses are in nats per token.
+
+    \b
+    Examples:
+      braniac-node train
+      braniac-node train --data ~/books --out mine --set model.preset=small --set train.steps=5000
+      braniac-node train --set objective.mode=joint --set objective.alphas=4,2,1,1 --set optimizer.learning_rate=0.01
+      braniac-node train --config joint.toml --set objective.alphas.0=2.0 --show-config
+    """
+    from braniac.node.train_config import TrainConfig
+
+    settings = merged(TrainConfig, config, set_, data__paths=data, out__dir=out)
+    if show_config:
+        from braniac.node.settings_merge import render_toml
+
+        typer.echo(render_toml(settings), nl=False)
+        return
+    from braniac.node import train_command
+
+    result = train_command.train(
+        settings, restart=restart, say=lambda line: typer.echo(line, err=True), clock=time.monotonic
+    )
+    typer.echo(commands.json_text(result) if json else train_command.result_text(result))
 
 
 @model_app.command()
@@ -78,3 +125,49 @@ def evaluate(
 
     result = offline.evaluate(settings.state.dir, data=settings.data.paths, tiers=wanted)
     typer.echo(commands.json_text(result) if json else commands.aligned_text(result))
+
+
+@model_app.command()
+def profile(
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Checkpoint to time; default: a preset, untrained.")
+    ] = None,
+    preset: Annotated[str, typer.Option(metavar="NAME", help="Preset to time: tiny, small, ...")] = "small",
+    widths: Annotated[str | None, typer.Option(metavar="W,W,...", help="FFN widths; default: the tiers'.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Sequence lengths; default: the context, a half, a quarter.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=4096, metavar="N", help="Sequences at once.")] = 1,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Time one new token after LENGTH cached ones, as text is written.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="CPU threads.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Repetitions; the median counts.")] = 7,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Also draw a picture.")] = None,
+    json: Json = False,
+) -> None:
+    """Time a model on this machine: attention against FFN, per layer, by width and sequence length.
+
+    Names the knee: the width below which narrowing the FFN further saves little.
+
+    \b
+    Examples:
+      braniac-node profile --preset small --png profile.png
+      braniac-node profile --folder out/step-1000 --decode --lengths 64,255
+    """
+    from braniac.node import profile_command
+
+    measured = profile_command.profile_model(
+        preset=preset,
+        folder=folder,
+        widths=None if widths is None else commands.parse_integers("--widths", widths),
+        lengths=None if lengths is None else commands.parse_integers("--lengths", lengths),
+        batch=batch,
+        decode=decode,
+        threads=threads,
+        rounds=rounds,
+    )
+    if png is not None:
+        profile_command.draw(measured, png)
+    as_json = profile_command.profile_json(measured)
+    typer.echo(commands.json_text(as_json) if json else profile_command.profile_text(measured))

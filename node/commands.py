@@ -31,6 +31,16 @@ def parse_tiers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def parse_integers(option: str, text: str) -> tuple[int, ...]:
+    """Positive whole numbers written as "64,128". Raises ConfigError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 0 < int(part) < 1 << 31 for part in parts):
+        raise ConfigError(
+            f"{option} {text!r} is not a list of positive whole numbers: write them as in {option} 64,128"
+        )
+    return tuple(int(part) for part in parts)
+
+
 def json_text(content: object) -> str:
     """One JSON object on one line. Numbers that are not finite become null, because JSON has none."""
     return json.dumps(_finite(content), ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,154 @@
+"""One jointly trained MatFormer against a separate model per width, at equal tokens per model.
+
+    python benchmarks/matformer.py --json                 everything, about an hour on two free cores
+    python benchmarks/matformer.py --quick --json         the same on `tiny`, a few minutes
+    python benchmarks/matformer.py --train joint          only train and keep that model in --out (so two can run at once)
+
+Models are kept in --out and not trained again. Prints one JSON object; the keys:
+
+    joint, separate   held-out loss per FFN width, nats per byte
+    gap               joint over separate per width, as a fraction
+    mixnmatch         per point between the tiers: width map, parameters, loss, and the loss that a straight line between
+                      the neighbouring tiers has at that size
+    kl, token_match   per width, against the widest of the same kind: KL(widest || narrower), share of equal top choices
+    accept_rate, speedup   speculative decoding with the narrowest drafter; `speculative` has every setting
+    slice_overhead    forward and backward of a prefix slice over a dense model of that width, median of interleaved runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from braniac.model.checkpoint import from_safetensors, to_safetensors
+from braniac.model.config import PRESETS, ModelConfig
+from braniac.model.data import Batches
+from braniac.model.evaluate import held_out_loss
+from braniac.model.gpt import GPT
+from braniac.model.objective import ObjectiveSettings
+from braniac.model.sources import Corpus, TextSource
+from braniac.model.tiers import tier_width, tier_widths
+from braniac.model.trainer import Trainer, TrainSettings
+
+NAMES = ("joint", "tier0", "tier1", "tier2", "tier3")
+HELD_OUT_WINDOWS = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
+    parser.add_argument("--steps", type=int, default=240, help="of every model")
+    parser.add_argument("--batch", type=int, default=8, help="windows per step")
+    parser.add_argument("--learning-rate", type=float, default=0.02, help="Muon's")
+    parser.add_argument("--adam-learning-rate", type=float, default=0.01)
+    parser.add_argument("--kl-weight", type=float, default=0.0, help="of the joint model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/matformer"))
+    parser.add_argument("--train", choices=(*NAMES, "separate"), help="only train this")
+    parser.add_argument("--quick", action="store_true", help="tiny and 200 steps")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args()
+    if options.quick:
+        options.preset, options.steps, options.out = "tiny", 200, options.out / "quick"
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    corpus = TextSource().load(PRESETS[options.preset].vocab_size)
+    if options.train:
+        for name in NAMES[1:] if options.train == "separate" else (options.train,):
+            trained(name, options, corpus)
+        return
+    models = {name: trained(name, options, corpus) for name in NAMES}
+    print(json.dumps(evaluated(models, options, corpus), indent=None if options.json else 2))
+
+
+def trained(name: str, options: argparse.Namespace, corpus: Corpus) -> GPT:
+    """The model of that name, from --out if it was trained with the same settings before."""
+    config = PRESETS[options.preset]
+    tier = 0 if name == "joint" else int(name[-1])
+    recipe = {key: str(vars(options)[key]) for key in ("steps", "batch", "learning_rate", "adam_learning_rate", "seed")}
+    if name == "joint":
+        recipe["kl_weight"] = str(options.kl_weight)
+    path = options.out / f"{name}.safetensors"
+    if path.exists():
+        tensors, metadata = from_safetensors(path.read_bytes())
+        if metadata.config != config or metadata.tier != tier or metadata.extra != recipe:
+            sys.exit(f"{path} was trained with {metadata.extra}, not {recipe}: choose another --out")
+        model = GPT(config, tier)
+        model.load_state_dict(tensors)
+        return model
+    mode = "joint" if name == "joint" else "fixed"
+    settings = TrainSettings(
+        learning_rate=options.learning_rate,
+        adam_learning_rate=options.adam_learning_rate,
+        batch=options.batch,
+        total_steps=options.steps,
+        seed=options.seed,
+        objective=ObjectiveSettings(mode=mode, kl_weight=options.kl_weight if mode == "joint" else 0.0),
+    )
+    batches = Batches(corpus, options.seed, b"benchmark", config.context, options.batch)
+    trainer = Trainer(config, tier, batches, settings)
+    began = time.monotonic()
+    for step in range(1, options.steps + 1):
+        result = trainer.step()
+        if step % 20 == 0 or step == options.steps:
+            losses = " ".join(f"{loss:.3f}" for loss in result.losses)
+            print(
+                f"{name} step {step} loss {losses} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True
+            )
+    tensors = {key: p.detach() for key, p in trainer.model.named_parameters()}
+    path.write_bytes(to_safetensors(tensors, config, tier, recipe))
+    return trainer.model
+
+
+def evaluated(models: dict[str, GPT], options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
+    """All figures."""
+    config = PRESETS[options.preset]
+    windows = Batches(corpus, options.seed, b"evaluation", config.context, 1).held_out(HELD_OUT_WINDOWS)
+    widths = tier_widths(config)
+    joint = {width: held_out_loss(models["joint"], windows, width) for width in widths}
+    separate = {width: held_out_loss(models[f"tier{tier}"], windows) for tier, width in enumerate(widths)}
+    return {
+        "preset": options.preset,
+        "tokens_per_model": options.steps * options.batch * config.context,
+        "joint": joint,
+        "separate": separate,
+        "gap": {width: joint[width] / separate[width] - 1 for width in widths},
+        "slice_overhead": slice_overhead(config),
+    }
+
+
+def slice_overhead(config: ModelConfig, rounds: int = 15) -> dict[int, float]:
+    """Per width: time of forward and backward as a slice of the whole model, over that of a model of only that width."""
+    tokens = torch.randint(0, config.vocab_size, (4, config.context), generator=torch.Generator().manual_seed(0))
+    whole = GPT(config, 0)
+    whole.init_weights(0)
+    overhead = {}
+    for tier in range(1, config.tiers):
+        width = tier_width(config, tier)
+        dense = GPT(config, tier)
+        dense.init_weights(0)
+        ratios = []
+        for round_number in range(rounds + 2):
+            pair = [(whole, width), (dense, None)]
+            seconds = {}
+            for model, asked in pair if round_number % 2 else reversed(pair):
+                model.zero_grad(set_to_none=False)
+                began = time.perf_counter()
+                model.loss(tokens, tokens, asked).backward()  # type: ignore[no-untyped-call]
+                seconds[asked] = time.perf_counter() - began
+            if round_number >= 2:
+                ratios.append(seconds[width] / seconds[None])
+        overhead[width] = statistics.median(ratios) - 1
+    return overhead
+
+
+if __name__ == "__main__":
+    main()
