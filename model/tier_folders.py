@@ -30,13 +30,15 @@ from braniac.model.checkpoint_files import (
     write_durably,
 )
 from braniac.model.errors import CheckpointError
+from braniac.model.hf_config import BASE_HEADS_KEY, BASE_KV_HEADS_KEY
 from braniac.model.slicing import BASE_KEY, MAX_TIER, TIER_KEY, CheckpointWarning, Slice, infer
 from braniac.model.tier_manifest import MANIFEST_NAME, Manifest, locate, read_manifest, verify
 
 Strategy = Literal["auto", "sliced", "universal"]
 """Of loading a tier: its own folder if there is one, always its own folder, or always the universal one."""
 
-_COMMON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+COMMON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+"""Files beside the weights that every slice of a model shares."""
 
 
 def tier_folder(path: Path, tier: int) -> Path:
@@ -102,7 +104,7 @@ def write_manifest(universal: Path, tiers: Sequence[int]) -> Path:
         raise CheckpointError(f"{universal} holds {whole.width} of {whole.base} FFN neurons: name a whole checkpoint.")
     base = whole.base
     listed: dict[int, tuple[str, ...]] = {}
-    common = tuple(name for name in _COMMON_FILES if (universal / name).is_file())
+    common = tuple(name for name in COMMON_FILES if (universal / name).is_file())
     hashes = {name: hash_file(universal / name) for name in common}
     for tier in sorted({0, *tiers}):
         files = files_in(tier_folder(universal, tier))
@@ -262,6 +264,9 @@ def schema_hash(config: Mapping[str, object], names: Iterable[str]) -> str:
     weights. Raises CheckpointError for a key of a wrong type.
     """
     held = infer(config)
+    # A slice of a model with nested heads has fewer of them, and says how many there were.
+    whole_heads = (("num_attention_heads", BASE_HEADS_KEY), ("num_key_value_heads", BASE_KV_HEADS_KEY))
+    config = {**config, **{key: config[base] for key, base in whole_heads if base in config}}
     fields = {key: _typed(key, config.get(key), kind, default) for key, (kind, default) in _SCHEMA.items()}
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
     if fields["num_key_value_heads"] is None:
