@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
+from braniac.model.config import ModelConfig
 from braniac.model.errors import CheckpointError
+from braniac.model.hf_config import to_config_json
+from braniac.model.schema import schema_hash
 from braniac.model.slicing import annotate
-from braniac.model.tier_folders import schema_hash
 from tests.unit.checkpoint_folders import MODEL, NAMES
 
 FULL = {
@@ -27,6 +30,25 @@ def test_a_universal_checkpoint_and_its_slices_have_one_schema() -> None:
     hashes = {schema_hash(annotate(whole, width=width), NAMES) for width in (64, 48, 32, 16)}
     assert hashes == {schema_hash(FULL, NAMES)}
     assert schema_hash({**FULL, "intermediate_size": 32}, NAMES) not in hashes
+
+
+def test_a_slice_with_fewer_heads_has_the_schema_of_the_whole() -> None:
+    config = ModelConfig(
+        family="llama",
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=64,
+        context=8,
+        matformer_factor=4,
+        nested_heads=True,
+    )
+    documents = [to_config_json(config, [width]) for width in (64, 32, 16)]
+    assert [document["num_attention_heads"] for document in documents] == [8, 4, 2]
+    assert len({schema_hash(document, NAMES) for document in documents}) == 1
+    dense = to_config_json(dataclasses.replace(config, nested_heads=False), [64])
+    assert schema_hash(dense, NAMES) != schema_hash(documents[0], NAMES)
 
 
 @pytest.mark.parametrize(

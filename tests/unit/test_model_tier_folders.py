@@ -16,7 +16,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from braniac.model.config import ModelConfig
 from braniac.model.errors import CheckpointError
+from braniac.model.gpt import GPT
+from braniac.model.hf import load_tier, save_folder
 from braniac.model.slicing import CheckpointWarning, Slice
 from braniac.model.tier_folders import Resolution, Strategy, resolve, tier_folder, write_manifest
 from tests.unit.checkpoint_folders import BASE, STRATEGIES, edit, export, save, weights
@@ -135,6 +138,33 @@ def test_a_manifest_without_an_entry_for_tier_0_will_do(exported: Path) -> None:
     edit(exported, lambda m: (m["tiers"].pop(0), m["sha256"].pop("config.json"), m["sha256"].pop("model.safetensors")))
     assert resolve(exported, 0, "auto").folder == exported
     assert resolve(exported, 1, "auto").folder == tier_folder(exported, 1)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_what_is_saved_during_training_at_any_tier_says_what_it_holds(tmp_path: Path, trained: int) -> None:
+    """The whole model trained as a tier stays whole; a tier loaded from it and trained is that tier's slice."""
+    config = ModelConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, context=8, matformer_factor=4
+    )
+    width = 64 >> trained
+    whole = GPT(config)
+    whole.init_weights(0)
+    train(whole, width)
+    save_folder(whole, tmp_path / "X")
+    assert resolve(tmp_path / "X", 0, "universal").held == Slice(0, 64, 64)
+
+    tier, _ = load_tier(tmp_path / "X", trained)
+    train(tier, width)
+    save_folder(tier, tmp_path / "checkpoint")
+    assert resolve(tmp_path / "checkpoint", trained, "auto").held == Slice(trained, width, 64)
+    config_json = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert (config_json["matformer_tier"], config_json["matformer_base_intermediate_size"]) == (trained, 64)
+
+
+def train(model: GPT, width: int) -> None:
+    tokens = torch.arange(8)[None]
+    model.loss(tokens, tokens + 1, width).backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
 
 
 def test_sharded_tiers_are_listed_whole(tmp_path: Path) -> None:
