@@ -60,18 +60,22 @@ def save_folder(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 1 << 30,
     source: Path | None = None,
+    beside: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the first `width` FFN neurons of each layer, or all that the model holds, as a folder of their own.
 
-    `source` is the folder the model came from: its token ids and tokenizer files go along. Raises ConfigError for a
-    width that the model has not or that Hugging Face cannot express; CheckpointError for weights that are not finite in
-    `dtype` (float32, bfloat16 or float16) and for a target that exists or cannot be written.
+    `source` is the folder the model came from: its token ids and tokenizer files go along. `beside` are further files,
+    by name, that appear with the others or not at all. Raises ConfigError for a width that the model has not or that
+    Hugging Face cannot express; CheckpointError for weights that are not finite in `dtype` (float32, bfloat16 or
+    float16) and for a target that exists or cannot be written.
     """
     assert dtype in _DTYPES, f"{dtype} is none of {_DTYPES}"
     widths = check_held(model, width)
     document = {**to_config_json(model.config, widths), "dtype": str(dtype).removeprefix("torch.")}
-    files: dict[str, Callable[[], bytes]] = {}
+    files: dict[str, Callable[[], bytes]] = {
+        name: functools.partial(bytes, data) for name, data in (beside or {}).items()
+    }
     if source is not None:
         carried = read_json(source / CONFIG_NAME)
         document |= {key: carried[key] for key in _TOKEN_KEYS if key in carried}
@@ -130,8 +134,8 @@ def check_held(model: GPT, width: int | None) -> tuple[int, ...]:
 
 
 def _load(path: Path, base: int | None, width: int | None, context: int | None) -> tuple[GPT, Slice]:
-    file, stored = path / CONFIG_NAME, find_tensors(path)
-    found = read_json(file)
+    file = path / CONFIG_NAME
+    found, stored = read_json(file), find_tensors(path)
     neurons = [s.shape[0] for name, s in stored.items() if name.endswith(".mlp.up_proj.weight") and s.shape]
     # Without any up_proj the config's own width will do: the check of names comes next and misses them all.
     held = infer(found, width=max(neurons, default=None), manifest_base=base, folder_name=path.resolve().name)

@@ -1,4 +1,4 @@
-"""One process per state directory: an advisory lock that the kernel releases when its holder dies.
+"""One process per directory: an advisory lock that the kernel releases when its holder dies.
 
 The file holds the pid of the last holder, for the error message only. It is never removed: removing a lock file lets
 two processes each lock their own copy of it.
@@ -16,17 +16,18 @@ from braniac.node.errors import AlreadyRunning
 class DirectoryLock:
     """Exclusive right to `directory`, from construction until `release` or the end of the process."""
 
-    def __init__(self, directory: Path) -> None:
-        """Take the lock at once, or raise AlreadyRunning. OSError if the file cannot be opened."""
+    def __init__(self, directory: Path, option: str = "--state-dir") -> None:
+        """Take the lock at once, or raise AlreadyRunning, which names the option that chose the directory.
+
+        OSError if the file cannot be opened.
+        """
         self._file = open(directory / "lock", "a+", encoding="ascii", opener=_private)  # noqa: SIM115 - held open on purpose
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = self._holder()
             self._file.close()
-            raise AlreadyRunning(
-                f"{directory} is held by {holder}: stop that daemon, or choose another --state-dir"
-            ) from None
+            raise AlreadyRunning(f"{directory} is held by {holder}: stop it, or choose another {option}") from None
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()

@@ -209,7 +209,7 @@ def render_toml(config: Root) -> str:
         lines += [f"[{section}]"]
         for key, field in fields.items():
             value = getattr(getattr(config, section), key)
-            lines.append(f"# {field.description}")
+            lines.append(f"# {' '.join((field.description or '').split())}")
             # A JSON scalar or list of strings is also a TOML value, except that JSON leaves DEL as it is.
             text = json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")
             lines.append(f"# {key} is not set" if value is None else f"{key} = {text}")

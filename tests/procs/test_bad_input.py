@@ -96,7 +96,7 @@ def test_a_state_directory_is_for_one_node(live: Node) -> None:
     second = command("join", "--state-dir", live.state_dir, "--data", live.data)
     assert second.returncode == 4
     assert second.stderr.splitlines() == [
-        f"braniac-node: {live.state_dir} is held by process {live.pid}: stop that daemon, or choose another --state-dir"
+        f"braniac-node: {live.state_dir} is held by process {live.pid}: stop it, or choose another --state-dir"
     ]
 
 
