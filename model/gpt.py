@@ -89,20 +89,41 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, widths: Sequence[int], cache: KVCache | None) -> Tensor:
         """int64 [B, T] -> [B, T, D]"""
-        start = 0 if cache is None else cache.length
-        stop = start + tokens_BT.shape[1]
-        assert stop <= len(self.cos_TK), f"{stop} tokens do not fit a context of {len(self.cos_TK)}"
-        cos_TK, sin_TK = self.cos_TK[start:stop], self.sin_TK[start:stop]
+        out_BTD = self._through(0, self.embed(tokens_BT), widths, cache)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return out_BTD
+
+    def begin(self, tokens_BT: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """The first layer at several widths, which share what does not depend on the width: [B, T, D] for each."""
         x_BTD = self.embed(tokens_BT)
-        for block, width in zip(self.layers, widths, strict=True):
+        block = self.layers[0]
+        assert isinstance(block, Block)
+        cos_TK, sin_TK = self._rotary(0, tokens_BT.shape[1])
+        if self.config.nested_heads:
+            return [block(x_BTD, cos_TK, sin_TK, width, None) for width in widths]
+        x_BTD = block.attend(x_BTD, cos_TK, sin_TK, self.config.kv_heads, None)
+        return [x_BTD + y_BTD for y_BTD in block.mlp.nested(block.post_attention_layernorm(x_BTD), widths)]
+
+    def finish(self, x_BTD: Tensor, widths: Sequence[int]) -> Tensor:
+        """The other layers, from what `begin` gave for the first of `widths`: [B, T, D] -> [B, T, D]"""
+        return self._through(1, x_BTD, widths, None)
+
+    def _through(self, first: int, x_BTD: Tensor, widths: Sequence[int], cache: KVCache | None) -> Tensor:
+        cos_TK, sin_TK = self._rotary(0 if cache is None else cache.length, x_BTD.shape[1])
+        for block, width in list(zip(self.layers, widths, strict=True))[first:]:
             if self.checkpoint_layers and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, cos_TK, sin_TK, width, None, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, cos_TK, sin_TK, width, cache)
-        if cache is not None:
-            cache.length = stop
         out_BTD: Tensor = self.norm(x_BTD)
         return out_BTD
+
+    def _rotary(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `count` positions from `start` on, [T, K/2] each."""
+        stop = start + count
+        assert stop <= len(self.cos_TK), f"{stop} tokens do not fit a context of {len(self.cos_TK)}"
+        return self.cos_TK[start:stop], self.sin_TK[start:stop]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T] -> [B, T, D]"""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -144,19 +145,22 @@ def _normalised(weights: tuple[float, ...]) -> list[float]:
 def backward(model: GPT, tokens_BT: Tensor, targets_BT: Tensor, terms: list[Term], kl_weight: float) -> list[float]:
     """Add the gradient of the weighted loss to the model's; the plain loss of each term, in nats per token.
 
-    One width at a time, so that the activations of only one are alive.
+    The terms share the embedding, the first layer's attention and its first FFN matmul, which do not depend on the
+    width. After that they go one at a time, so that the activations of only one are alive.
     """
+    shared = model.model.begin(tokens_BT, [term.widths[0] for term in terms])
+    leaves = [x_BTD.detach().requires_grad_() for x_BTD in shared]
     losses, teacher_NV = [], None
-    for number, term in enumerate(terms):
-        logits_NV = model(tokens_BT, term.widths).flatten(0, 1)
+    for term, x_BTD in zip(terms, leaves, strict=True):
+        logits_NV = model.logits(model.model.finish(x_BTD, term.widths)).flatten(0, 1)
         loss = F.cross_entropy(logits_NV, targets_BT.flatten())
         losses.append(loss.item())
         if kl_weight and len(terms) > 1:
             log_probs_NV = F.log_softmax(logits_NV, dim=-1)
             if teacher_NV is None:
-                assert number == 0, "the widest comes first"
-                teacher_NV = log_probs_NV.detach()
+                teacher_NV = log_probs_NV.detach()  # the widest comes first
             else:
                 loss = loss + kl_weight * F.kl_div(log_probs_NV, teacher_NV, log_target=True, reduction="batchmean")
         (term.weight * loss).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(shared, [x_BTD.grad for x_BTD in leaves])
     return losses
