@@ -70,6 +70,15 @@ class CostTable:
             total += costs[width]
         return total
 
+    def check_budget(self, budget: float) -> None:
+        """Raise ConfigError, naming the smallest possible cost, if no width map is within the budget."""
+        smallest = self.of([min(costs, key=costs.__getitem__) for costs in self.layers])
+        if not budget >= smallest:  # NaN fails the comparison too
+            raise ConfigError(
+                f"a budget of {budget:.10g} {self.unit} allows no width map: "
+                f"give at least {smallest}, what the cheapest one costs."
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
@@ -120,7 +129,8 @@ def choose(costs: CostTable, proxy: Sensitivities, budget: float) -> Choice:
     MAX_COMBINATIONS are in the running: then they are thinned out evenly, always keeping the cheapest and the best.
     Raises ConfigError if no map is cheap enough, or if table and proxy are about different widths.
     """
-    _check(costs, proxy, budget)
+    _check_same(costs, proxy)
+    costs.check_budget(budget)
     spent_S, loss_S = np.array([float(costs.fixed)]), np.array([proxy.full_loss])
     steps = []
     for layer_costs, increases in zip(costs.layers, proxy.layers, strict=True):
@@ -142,7 +152,8 @@ def choose_greedily(costs: CostTable, proxy: Sensitivities, budget: float) -> Ch
 
     Raises ConfigError as `choose` does.
     """
-    _check(costs, proxy, budget)
+    _check_same(costs, proxy)
+    costs.check_budget(budget)
     chosen = _cheapest(costs, proxy)
     while True:
         best = (0.0, 0.0, chosen)
@@ -170,8 +181,8 @@ def _undominated(spent: Floats, loss: Floats, budget: float) -> Integers:
     return order
 
 
-def _check(costs: CostTable, proxy: Sensitivities, budget: float) -> None:
-    """Table and proxy are about the same layers and widths, and the budget allows something."""
+def _check_same(costs: CostTable, proxy: Sensitivities) -> None:
+    """Table and proxy are about the same layers and widths."""
     if len(costs.layers) != len(proxy.layers):
         raise ConfigError(
             f"costs of {len(costs.layers)} layers and sensitivities of {len(proxy.layers)}: measure the same model."
@@ -182,11 +193,6 @@ def _check(costs: CostTable, proxy: Sensitivities, budget: float) -> None:
                 f"layer {layer} has costs for the widths {sorted(layer_costs)} but sensitivities for "
                 f"{sorted(increases)}: give both for the same candidates."
             )
-    smallest = costs.of(_cheapest(costs, proxy))
-    if not budget >= smallest:  # NaN fails the comparison too
-        raise ConfigError(
-            f"a budget of {budget} {costs.unit} allows no width map: give at least {smallest}, what the cheapest costs."
-        )
 
 
 def _cheapest(costs: CostTable, proxy: Sensitivities) -> list[int]:

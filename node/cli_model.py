@@ -10,6 +10,7 @@ import typer
 
 from braniac.node import commands
 from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, merged, node_config
+from braniac.node.errors import ConfigError
 
 model_app = typer.Typer()
 
@@ -146,7 +147,7 @@ def profile(
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Also draw a picture.")] = None,
     json: Json = False,
 ) -> None:
-    """Time a model on this machine: attention against FFN, per layer, by width and sequence length.
+    """Time attention against FFN, by width and sequence length.
 
     Names the knee: the width below which narrowing the FFN further saves little.
 
@@ -171,3 +172,66 @@ def profile(
         profile_command.draw(measured, png)
     as_json = profile_command.profile_json(measured)
     typer.echo(commands.json_text(as_json) if json else profile_command.profile_text(measured))
+
+
+@model_app.command()
+def mixnmatch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that was trained at several widths.")],
+    budget: Annotated[
+        float | None, typer.Option(metavar="X", help="The most that the model may cost, in --unit.")
+    ] = None,
+    unit: Annotated[
+        str,
+        typer.Option(metavar="UNIT", help="parameters, flops (of one token) or seconds (of a forward pass, measured)."),
+    ] = "parameters",
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="T", help="Tokens that flops attend to, or seconds are for; default: the context."),
+    ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(metavar="W,W,...", help="FFN widths to choose from; default: the tiers' and those halfway."),
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text whose held-out part to use; repeatable.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Write the choice to FILE.")] = None,
+    use: Annotated[
+        Path | None, typer.Option("--use", metavar="FILE", help="Take the map in this recipe instead of choosing one.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write the model that the map makes, on its own.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Choose an FFN width for every layer of a model.
+
+    Measures what narrowing each layer costs in loss, and finds the map of the least sum within the budget. PERMUTED is
+    the loss of the same map with each layer's neurons in random order: what the nesting is worth.
+
+    \b
+    Examples:
+      braniac-node mixnmatch out/step-1000 --budget 300000 --recipe r.json --out mixed
+      braniac-node mixnmatch out/step-1000 --budget 0.01 --unit seconds --length 64
+      braniac-node mixnmatch out/step-1000 --use r.json --out mixed
+    """
+    from braniac.node import mixnmatch_command
+
+    if (budget is None) == (use is None):
+        raise ConfigError("mixnmatch needs either a --budget to choose a map for or a recipe to --use")
+    paths = tuple(data or ())
+    if use is not None:
+        result = mixnmatch_command.use_recipe(folder, use, data=paths, out=out)
+    else:
+        assert budget is not None
+        result = mixnmatch_command.choose_map(
+            folder,
+            budget=budget,
+            unit=unit,
+            length=length,
+            widths=None if widths is None else commands.parse_integers("--widths", widths),
+            data=paths,
+            recipe=recipe,
+            out=out,
+        )
+    typer.echo(commands.json_text(result) if json else mixnmatch_command.mixnmatch_text(result))
