@@ -185,10 +185,15 @@ class ModelConfig:
         if missing:
             raise ConfigError(f"the model configuration lacks {', '.join(missing)}: add the missing keys.")
         # JSON writers may drop the point of 15.0, and know no tuples; nothing else is converted.
-        plain = {k: float(v) if k in _FLOAT_BOUNDS and type(v) is int else v for k, v in values.items()}
+        plain = {k: _as_float(v) if k in _FLOAT_BOUNDS else v for k, v in values.items()}
         if isinstance(scaling := plain.get("rope_scaling"), list):
-            plain["rope_scaling"] = tuple(float(v) if type(v) is int else v for v in scaling)
+            plain["rope_scaling"] = tuple(_as_float(v) for v in scaling)
         return cls(**plain)  # type: ignore[arg-type]  # __post_init__ checks every type
+
+
+def _as_float(value: object) -> object:
+    """A whole number as a float, where one can hold it; a larger one is out of every bound as it is."""
+    return float(value) if type(value) is int and abs(value) < 1 << 53 else value
 
 
 PRESETS = {

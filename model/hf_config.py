@@ -226,4 +226,4 @@ def _whole(found: Mapping[str, object], file: Path, key: str) -> int:
 
 
 def _refuse(file: Path, key: str, value: object, remedy: str) -> NoReturn:
-    raise CheckpointError(f"{file} has {key} {value!r}: {remedy}.")
+    raise CheckpointError(f"{file} has {key} {value!r:.200}: {remedy}.")

@@ -22,6 +22,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model" + INDEX_SUFFIX
 
 _TYPES = ("F32", "BF16", "F16")
+_MAX_NAME = 200
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Frequencies that old versions of transformers stored beside the weights; they follow from the configuration.
 _DERIVED = ".self_attn.rotary_emb.inv_freq"
@@ -128,7 +129,8 @@ def _listed(index: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{index} names {shard!r}, a pickle: only .safetensors files are read, convert it first."
             )
-        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+        plain = shard.isascii() and shard.isprintable() and len(shard) <= _MAX_NAME and "\\" not in shard
+        if not plain or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {shard!r}: only .safetensors files of its own folder are read.")
         if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index} names {shard!r}, which is missing: fetch it again.")
