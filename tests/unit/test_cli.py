@@ -19,7 +19,10 @@ from braniac.node.failures import explain
 from braniac.node.settings_merge import load_config
 from braniac.protocol.errors import ManifestError, VersionMismatch
 
-VERBS = ["join", "status", "peers", "leave", "generate", "evaluate", "swarm", "version", "config"]
+VERBS = [
+    *("join", "status", "peers", "leave", "generate", "evaluate", "swarm"),
+    *("train", "profile", "version", "config"),
+]
 
 
 @pytest.fixture(autouse=True)
