@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> dict[str, list[RetrievalReport]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=250, help="training steps of each encoder")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of each encoder")
     parser.add_argument("--batch", type=int, default=32, help="textures per step, two views of each")
     parser.add_argument(
         "--textures", type=int, default=128, help="to tell apart; as many queries, four times the corpus"

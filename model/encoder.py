@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from braniac.model.errors import ConfigError, TrainingDiverged
 from braniac.model.ffn import MatFormerFFN, Matrix
+from braniac.model.optim import MOMENTUM, orthogonalize
 from braniac.model.tiers import WidthMap
 
 
@@ -200,20 +201,20 @@ def train_encoder(
     widths: Sequence[WidthMap],
     *,
     steps: int,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 0.05,
 ) -> list[float]:
     """Train all `widths` at once, in place, and return the loss of each step: the mean over the widths, in nats.
 
     `pairs(step)` gives two batches [B, C, S, S] whose rows i show the same thing. No term compares two widths: each
     width only tells its own embeddings apart, and shared weights alone make them agree. One width is plain training.
-    Raises TrainingDiverged if the loss is not finite.
+    The optimizer is Muon (see `optim.py`), its learning rate falls linearly to zero.
+    Raises TrainingDiverged, with the weights as before the step, if the loss is not finite.
     """
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=learning_rate, weight_decay=0.0)
+    momenta = [torch.zeros_like(p) for p in encoder.parameters()]
     losses = []
     for step in range(steps):
-        first_BCSS, second_BCSS = pairs(step)
-        both = torch.cat((first_BCSS, second_BCSS))
-        optimizer.zero_grad()
+        both = torch.cat(pairs(step))
+        encoder.zero_grad()
         total = 0.0
         for width in widths:
             # One backward pass per width keeps the activations of one width in memory, not of all.
@@ -222,9 +223,18 @@ def train_encoder(
             total += loss.item()
         if not math.isfinite(total):
             raise TrainingDiverged(f"the loss is {total} at step {step}: lower the learning rate or check the images.")
-        optimizer.step()
+        _muon_step(encoder, momenta, learning_rate * (1 - step / steps))
         losses.append(total)
     return losses
+
+
+@torch.no_grad()
+def _muon_step(encoder: Encoder, momenta: Sequence[Tensor], learning_rate: float) -> None:
+    # Rows beyond all widths have zero gradients and zero momenta, which stay zero when orthogonalised: they rest.
+    for p, momentum in zip(encoder.parameters(), momenta, strict=True):
+        assert p.grad is not None
+        momentum.lerp_(p.grad, 1 - MOMENTUM)
+        p.add_(orthogonalize(p.grad.lerp(momentum, MOMENTUM)[None])[0], alpha=-learning_rate)
 
 
 def _rms_norm(x: Tensor) -> Tensor:
