@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -235,3 +235,56 @@ def mixnmatch(
             out=out,
         )
     typer.echo(commands.json_text(result) if json else mixnmatch_command.mixnmatch_text(result))
+
+
+@model_app.command()
+def export(
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write.")],
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Checkpoint folder to export; default: what the node has.")
+    ] = None,
+    weights: Annotated[
+        Literal["agreed", "own"],
+        typer.Option(help="Of a node: what the swarm agreed on, or with its own work."),
+    ] = "agreed",
+    form: Annotated[
+        Literal["folder", "gguf"], typer.Option("--format", help="A Hugging Face folder, or a file for llama.cpp.")
+    ] = "folder",
+    tier: Annotated[int | None, typer.Option(min=0, metavar="T", help="Only this tier.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, metavar="W", help="Only the first W FFN neurons.")] = None,
+    tiers: Annotated[
+        str | None, typer.Option(metavar="1,2,...", help="Everything, and these tiers as OUT-tier1, ... beside it.")
+    ] = None,
+    dtype: Annotated[Literal["f32", "bf16", "f16"], typer.Option(help="Precision of the weights.")] = "f32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+    json: Json = False,
+) -> None:
+    """Write a model for other programs: whole, one tier, or any other width.
+
+    A llama-family model becomes a stock LlamaForCausalLM. What is written appears whole or not at all.
+
+    \b
+    Examples:
+      braniac-node export exported
+      braniac-node export exported --folder trained/step-1000 --tiers 1,2,3 --dtype bf16
+      braniac-node export model.gguf --folder trained/step-1000 --format gguf --tier 2 --dtype f16
+    """
+    settings = node_config(config, set_, state__dir=state_dir)
+    from braniac.node import export_command
+
+    written = export_command.export(
+        target,
+        folder=folder,
+        state_dir=settings.state.dir,
+        weights=weights,
+        form=form,
+        tier=tier,
+        width=width,
+        tiers=None if tiers is None else commands.parse_tiers(tiers),
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    typer.echo(commands.json_text(written) if json else commands.aligned_text(written))
