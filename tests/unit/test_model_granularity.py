@@ -170,7 +170,7 @@ def test_a_lasting_negative_cosine_is_warned_of_once() -> None:
 
 def test_a_negative_cosine_now_and_then_is_not_warned_of() -> None:
     assert feed(DominationWatch(PROMPT), [made(cosine=-0.9), made(cosine=-0.9), made(cosine=0.1)] * 5) == []
-    # With an average even long runs do no harm as long as the mean is positive.
+    # With an average even a long run does no harm as long as the mean is positive.
     smooth = DominationWatch(WatchSettings(decay=0.95, patience=3))
     assert feed(smooth, [made(cosine=0.9)] * 10 + [made(cosine=-0.2)] * 5) == []
 
@@ -184,6 +184,12 @@ def test_a_smallest_that_stands_still_while_the_largest_falls_is_warned_of() -> 
     assert warning.gap == pytest.approx(0.3)
     assert warning.largest_fall == pytest.approx(math.log(2.0 / 1.7))
     assert "fell by 0.163" in str(warning)
+
+
+def test_an_average_starts_at_the_first_value() -> None:
+    (warning,) = feed(DominationWatch(WatchSettings(decay=0.9, patience=3)), [made(cosine=-0.3)] * 4)
+    assert isinstance(warning, Opposed)
+    assert warning.cosine == pytest.approx(-0.3)
 
 
 @pytest.mark.parametrize(
