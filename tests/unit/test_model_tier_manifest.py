@@ -140,6 +140,19 @@ def test_changed_universal_weights_are_refused_and_other_tiers_are_not_read(expo
     assert resolve(exported, 2, "auto").width == 16
 
 
+def test_a_whole_checkpoint_that_is_listed_elsewhere_is_refused(exported: Path) -> None:
+    save(exported.parent / "Y", 64, 64, 0)
+
+    def elsewhere(document: dict[str, Any]) -> None:
+        for name in ("config.json", "model.safetensors"):
+            document["sha256"][f"../Y/{name}"] = document["sha256"].pop(name)
+        document["tiers"][0]["files"] = ["../Y/config.json", "../Y/model.safetensors"]
+
+    edit(exported, elsewhere)
+    with pytest.raises(CheckpointError, match=r"has tier 0 in .*Y: it must be in .*X"):
+        resolve(exported, 0, "auto")
+
+
 def test_a_file_that_nobody_listed_is_refused(exported: Path) -> None:
     extra = tier_folder(exported, 1) / "model-extra.safetensors"
     extra.write_bytes(weights(32))
