@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -20,14 +21,15 @@ import safetensors
 import safetensors.torch
 
 from braniac.model.checkpoint_files import read_json
-from braniac.model.data import Batches
 from braniac.model.errors import CheckpointError
 from braniac.model.hf import load_folder, save_folder
+from braniac.model.sources import Corpus
 from braniac.model.trainer import Trainer
 from braniac.node.errors import Incompatible
 
 STATE_NAME, PROGRESS_NAME = "trainer.state", "train.json"
 _KEPT = 2
+_SAMPLES = 1 << 16  # of each file of tokens
 _FOLDER = re.compile(r"step-(\d{1,18})")
 # The others decide how fast a step is or what it is checked for; `total_steps` is judged by `_check_same` itself.
 _OPTIMIZER_KEYS = ("learning_rate", "adam_learning_rate", "weight_decay", "warmup_steps", "cooldown_fraction")
@@ -109,16 +111,19 @@ def settings_of(trainer: Trainer) -> dict[str, object]:
     found |= {f"objective.{key}": value for key, value in settings["objective"].items()}
     found |= {f"optimizer.{key}": settings[key] for key in _OPTIMIZER_KEYS}
     found |= {f"train.{key}": settings[key] for key in _TRAIN_KEYS}
-    found |= {"train.tier": trainer.tier, "data.paths": _text(trainer.batches)}
+    found |= {"train.tier": trainer.tier, "data.paths": _text(trainer.batches.corpus)}
     plain: dict[str, object] = json.loads(json.dumps(found))
     return plain
 
 
-def _text(batches: Batches) -> str:
-    """Tells texts apart without reading all of them, by their lengths and what the first step trains on."""
-    train, held_out = (sum(len(tokens) for tokens in side) for side in (batches.corpus.train, batches.corpus.held_out))
-    digest = hashlib.sha256(batches.batch(0)[0].numpy().astype("<i8").tobytes()).hexdigest()
-    return f"{train} tokens to train on, {held_out} held out, digest {digest[:16]}"
+def _text(corpus: Corpus) -> str:
+    """Tells texts apart without reading all of them, by their lengths and samples."""
+    sides = corpus.train, corpus.held_out
+    digest = hashlib.sha256()
+    for tokens in itertools.chain(*sides):
+        digest.update(tokens[:: max(1, len(tokens) // _SAMPLES)].astype("<u2").tobytes())
+    train, held_out = (sum(len(tokens) for tokens in side) for side in sides)
+    return f"{train} tokens to train on, {held_out} held out, digest {digest.hexdigest()[:16]}"
 
 
 def _count(folder: Path, progress: Mapping[str, object], key: str) -> int:
