@@ -15,7 +15,8 @@ with those that ask it) out, and none changes when weights are rescaled in a way
               times |down|. The idea of Wanda (Sun et al. 2023, arXiv 2306.11695), for whole neurons.
   fisher      What leaving it out adds to the loss, to second order: T/2 E[(dL/dz)^2] with a factor z on what the unit
               adds, L the mean loss of a window of T tokens, E over windows. Fisher pruning (Theis et al. 2018, arXiv
-              1801.05787), each window being an example.
+              1801.05787), each window being an example. It sees only where the loss still has a slope: on text that
+              the model has learnt nearly by heart, it can be worse than random.
   random      The control: what the neurons that happen to come first are worth.
   identity    Leaves everything where it is.
 Sorting a trained network and nesting it afterwards is also what Flextron does (Cai et al. 2024, arXiv 2406.10260).
@@ -161,6 +162,7 @@ def _typical_length(model: GPT, units: Mapping[str, _Units], calibration: Window
     return scores
 
 
+@torch.enable_grad()
 def _expected_harm(model: GPT, units: Mapping[str, _Units], calibration: Windows) -> dict[str, Tensor]:
     scores = {name: torch.zeros(unit.count).double() for name, unit in units.items()}
     outputs = [unit.output for unit in units.values()]
