@@ -2,17 +2,19 @@
 
     python benchmarks/matformer.py --json                 everything, about an hour on two free cores
     python benchmarks/matformer.py --quick --json         the same on `tiny`, a few minutes
-    python benchmarks/matformer.py --train joint          only train and keep that model in --out (so two can run at once)
+    python benchmarks/matformer.py --train joint          only train that model into --out (so two can run at once)
 
 Models are kept in --out and not trained again. Prints one JSON object; the keys:
 
     joint, separate   held-out loss per FFN width, nats per byte
     gap               joint over separate per width, as a fraction
-    mixnmatch         per point between the tiers: width map, parameters, loss, and the loss that a straight line between
-                      the neighbouring tiers has at that size
-    kl, token_match   per width, against the widest of the same kind: KL(widest || narrower), share of equal top choices
-    accept_rate, speedup   speculative decoding with the narrowest drafter; `speculative` has every setting
-    slice_overhead    forward and backward of a prefix slice over a dense model of that width, median of interleaved runs
+    mixnmatch         per point between the tiers: width map, parameters, loss, the loss that a straight line between
+                      the neighbouring tiers has at that size, and of two controls: the same map with the neurons of
+                      each layer shuffled, and on the separate full-width model
+    kl, token_match   per width, against the widest of its kind: KL(widest || narrower), share of equal top choices
+    accept_rate, speedup   speculative decoding at the best setting; `speculative` has all of them
+    slice_overhead    forward and backward of a prefix slice over a dense model of that width, median of interleaved
+                      runs, as a fraction more
 """
 
 from __future__ import annotations
@@ -27,18 +29,28 @@ from typing import Any
 
 import torch
 
+from braniac.model.budget import choose, parameter_costs
 from braniac.model.checkpoint import from_safetensors, to_safetensors
 from braniac.model.config import PRESETS, ModelConfig
+from braniac.model.consistency import model_consistency, width_consistency
 from braniac.model.data import Batches
+from braniac.model.decoding import generate
 from braniac.model.evaluate import held_out_loss
 from braniac.model.gpt import GPT
+from braniac.model.mixnmatch import Sensitivities, Windows, controls, sensitivities
 from braniac.model.objective import ObjectiveSettings
 from braniac.model.sources import Corpus, TextSource
-from braniac.model.tiers import tier_width, tier_widths
+from braniac.model.speculative import Speculation, speculate
+from braniac.model.tiers import parameter_count, tier_width, tier_widths
 from braniac.model.trainer import Trainer, TrainSettings
 
 NAMES = ("joint", "tier0", "tier1", "tier2", "tier3")
 HELD_OUT_WINDOWS = 64
+SENSITIVITY_WINDOWS = 32
+PROMPTS = 6
+PROMPT_TOKENS = 64
+NEW_TOKENS = 96
+BLOCKS = (2, 3, 4, 6)
 
 
 def main() -> None:
@@ -111,22 +123,122 @@ def trained(name: str, options: argparse.Namespace, corpus: Corpus) -> GPT:
 def evaluated(models: dict[str, GPT], options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """All figures."""
     config = PRESETS[options.preset]
-    windows = Batches(corpus, options.seed, b"evaluation", config.context, 1).held_out(HELD_OUT_WINDOWS)
+    batches = Batches(corpus, options.seed, b"evaluation", config.context, SENSITIVITY_WINDOWS)
+    windows = batches.held_out(HELD_OUT_WINDOWS)
     widths = tier_widths(config)
     joint = {width: held_out_loss(models["joint"], windows, width) for width in widths}
     separate = {width: held_out_loss(models[f"tier{tier}"], windows) for tier, width in enumerate(widths)}
+    alike = {
+        "joint": width_consistency(models["joint"], windows[0], widths[1:]),
+        "separate": model_consistency(
+            models["tier0"], {width: models[f"tier{tier}"] for tier, width in enumerate(widths) if tier}, windows[0]
+        ),
+    }
+    drafting = {kind: speculation(models, kind, options, windows[0]) for kind in ("joint", "separate")}
     return {
         "preset": options.preset,
         "tokens_per_model": options.steps * options.batch * config.context,
         "joint": joint,
         "separate": separate,
         "gap": {width: joint[width] / separate[width] - 1 for width in widths},
+        "mixnmatch": mixnmatch(models["joint"], models["tier0"], batches, joint, windows),
+        "kl": {kind: {width: found.kl for width, found in by.items()} for kind, by in alike.items()},
+        "token_match": {kind: {width: found.token_match for width, found in by.items()} for kind, by in alike.items()},
+        "accept_rate": {kind: found["best"]["accept_rate"] for kind, found in drafting.items()},
+        "speedup": {kind: found["best"]["speedup"] for kind, found in drafting.items()},
+        "speculative": drafting,
         "slice_overhead": slice_overhead(config),
     }
 
 
+def mixnmatch(
+    model: GPT, unnested: GPT, batches: Batches, by_width: dict[int, float], windows: Windows
+) -> list[dict[str, Any]]:
+    """Width maps chosen for parameter budgets between the tiers, each beside the straight line between its neighbours.
+
+    Each map has two neighbouring tiers' widths only: maps of very uneven widths fall off the curve (docs/LOG.md). The
+    sensitivities are measured on training text, the losses on held-out text.
+    """
+    config = model.config
+    measured = sensitivities(model, batches.batch(0), tier_widths(config))
+    points = []
+    for tier in range(config.tiers - 1):
+        wide, narrow = parameter_count(config, tier), parameter_count(config, tier + 1)
+        between = tier_width(config, tier), tier_width(config, tier + 1)
+        wide_loss, narrow_loss = by_width[between[0]], by_width[between[1]]
+        costs = parameter_costs(config, between)
+        layers = tuple({width: increases[width] for width in between} for increases in measured.layers)
+        proxy = Sensitivities(full_loss=measured.full_loss, layers=layers)
+        for share in (1 / 3, 2 / 3):
+            choice = choose(costs, proxy, narrow + share * (wide - narrow))
+            (control,) = controls(model, [choice.widths], windows, seed=0, unnested=unnested)
+            at = (choice.cost - narrow) / (wide - narrow)
+            line = narrow_loss + at * (wide_loss - narrow_loss)
+            points.append(
+                {
+                    "width_map": choice.widths,
+                    "parameters": int(choice.cost),
+                    "loss": control.loss,
+                    "line": line,
+                    "off_line": control.loss / line - 1,
+                    "loss_neurons_shuffled": control.permuted_loss,
+                    "loss_never_nested": control.unnested_loss,
+                }
+            )
+    return points
+
+
+def speculation(
+    models: dict[str, GPT], kind: str, options: argparse.Namespace, tokens_NT: torch.Tensor
+) -> dict[str, Any]:
+    """Plain decoding of the widest against speculative decoding, in turns: every drafter, block and temperature."""
+    config = PRESETS[options.preset]
+    verifier = models["joint" if kind == "joint" else "tier0"]
+    prompts = [row[:PROMPT_TOKENS].tolist() for row in tokens_NT[:: max(1, len(tokens_NT) // PROMPTS)]][:PROMPTS]
+    settings = [(tier, block) for tier in range(1, config.tiers) for block in BLOCKS]
+    found = []
+    for temperature in (0.0, 1.0):
+        plain_s, seconds = 0.0, dict.fromkeys(settings, 0.0)
+        counts = {setting: Speculation() for setting in settings}
+        for number, prompt in enumerate(prompts):
+            dice = torch.Generator().manual_seed(number)
+            began = time.perf_counter()
+            list(generate(verifier, prompt, NEW_TOKENS, generator=dice, temperature=temperature))
+            plain_s += time.perf_counter() - began
+            for tier, block in settings:
+                drafter = verifier if kind == "joint" else models[f"tier{tier}"]
+                began = time.perf_counter()
+                list(
+                    speculate(
+                        verifier,
+                        prompt,
+                        NEW_TOKENS,
+                        drafter=drafter,
+                        draft_width=tier_width(config, tier),
+                        block=block,
+                        generator=dice,
+                        temperature=temperature,
+                        counts=counts[tier, block],
+                    )
+                )
+                seconds[tier, block] += time.perf_counter() - began
+        found += [
+            {
+                "temperature": temperature,
+                "draft_width": tier_width(config, tier),
+                "block": block,
+                "accept_rate": counts[tier, block].accept_rate,
+                "rollback_rate": counts[tier, block].rollback_rate,
+                "tokens_per_s": len(prompts) * NEW_TOKENS / seconds[tier, block],
+                "speedup": plain_s / seconds[tier, block],
+            }
+            for tier, block in settings
+        ]
+    return {"best": max(found, key=lambda row: row["speedup"]), "settings": found}
+
+
 def slice_overhead(config: ModelConfig, rounds: int = 15) -> dict[int, float]:
-    """Per width: time of forward and backward as a slice of the whole model, over that of a model of only that width."""
+    """Per width: how much longer forward and backward take as a slice of the whole model than as a dense model."""
     tokens = torch.randint(0, config.vocab_size, (4, config.context), generator=torch.Generator().manual_seed(0))
     whole = GPT(config, 0)
     whole.init_weights(0)
