@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -60,6 +60,7 @@ def slow_correlation(one: list[float], other: list[float]) -> float:
     return covariance / spread if spread else 0.0
 
 
+@settings(max_examples=50)
 @given(matrices(count=1), st.data())
 def test_neighbours_and_recall_follow_their_definitions(drawn: tuple[Rows], data: st.DataObject) -> None:
     (rows,) = drawn
@@ -78,6 +79,7 @@ def test_neighbours_and_recall_follow_their_definitions(drawn: tuple[Rows], data
     assert recall == pytest.approx(sum(hits) / len(hits))
 
 
+@settings(max_examples=50)
 @given(matrices(), st.data())
 def test_overlap_follows_its_definition(drawn: tuple[Rows, Rows], data: st.DataObject) -> None:
     one, other = drawn
@@ -90,6 +92,7 @@ def test_overlap_follows_its_definition(drawn: tuple[Rows, Rows], data: st.DataO
     assert overlap == pytest.approx(sum(common) / len(common))
 
 
+@settings(max_examples=50)
 @given(matrices())
 def test_rank_correlation_follows_its_definition(drawn: tuple[Rows, Rows]) -> None:
     one, other = drawn
