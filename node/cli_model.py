@@ -262,7 +262,7 @@ def export(
     set_: Sets = None,
     json: Json = False,
 ) -> None:
-    """Write a model for other programs: whole, one tier, or any other width.
+    """Write a model, a tier or any width of it for other programs.
 
     A llama-family model becomes a stock LlamaForCausalLM. What is written appears whole or not at all.
 
@@ -288,3 +288,32 @@ def export(
         overwrite=overwrite,
     )
     typer.echo(commands.json_text(written) if json else commands.aligned_text(written))
+
+
+@model_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that was trained at one width.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    ordering: Annotated[
+        Literal["activation", "fisher", "norm", "random"],
+        typer.Option(help="What makes a neuron important; random is the control."),
+    ] = "activation",
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text to sort by and measure on; repeatable.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Sort a dense model's neurons, so that narrow widths are of use.
+
+    The whole model computes what it did before. Prints the loss at every tier, in nats per token; training it further
+    at several widths then lowers the narrow ones. A model that was trained at several widths is sorted already.
+
+    \b
+    Examples:
+      braniac-node convert dense nested --data ~/books
+      braniac-node convert dense nested --ordering norm --json
+    """
+    from braniac.node import convert_command
+
+    result = convert_command.convert(source, target, ordering=ordering, data=tuple(data or ()))
+    typer.echo(commands.json_text(result) if json else convert_command.convert_text(result))
