@@ -21,7 +21,7 @@ from braniac.protocol.errors import ManifestError, VersionMismatch
 
 VERBS = [
     *("join", "status", "peers", "leave", "generate", "evaluate", "swarm"),
-    *("train", "profile", "version", "config"),
+    *("train", "profile", "mixnmatch", "export", "convert", "version", "config"),
 ]
 
 
