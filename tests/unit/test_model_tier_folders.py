@@ -192,6 +192,31 @@ def test_a_tier_that_was_not_fetched_falls_back_only_under_auto(exported: Path) 
 def test_a_link_to_the_universal_folder_finds_its_tiers(exported: Path) -> None:
     (exported.parent / "latest").symlink_to("X")
     assert resolve(exported.parent / "latest", 2, "sliced").folder == exported.parent / "X-tier2"
+    (exported / "matformer_manifest.json").unlink()
+    assert resolve(exported.parent / "latest", 2, "sliced").folder == exported.parent / "X-tier2"
+
+
+def test_the_manifest_knows_the_base_of_a_tier_that_it_does_not_list(exported: Path) -> None:
+    """Only the manifest and an unlisted sibling were fetched; its name would make it tier 2 of 128 neurons."""
+    edit(
+        exported,
+        lambda m: (m["tiers"].pop(2), [m["sha256"].pop(name) for name in list(m["sha256"]) if "tier2" in name]),
+    )
+    for file in (exported / "config.json", exported / "model.safetensors"):
+        file.unlink()
+    save(tier_folder(exported, 2), 32)
+    with pytest.raises(CheckpointError, match=r"X-tier2 holds 32 of 64 FFN neurons: tier 2 of .*X is 16 of 64"):
+        resolve(exported, 2, "auto")
+
+
+def test_a_sibling_of_a_wider_model_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "X", 64)
+    save(tmp_path / "X-tier1", 32, 128, 2)
+    with (
+        pytest.warns(CheckpointWarning, match="has matformer_base_intermediate_size 128, which is used"),
+        pytest.raises(CheckpointError, match=r"X-tier1 holds 32 of 128 FFN neurons: tier 1 of .*X is 32 of 64"),
+    ):
+        resolve(path, 1, "auto")
 
 
 def test_a_folder_with_a_pickle_only_is_refused(tmp_path: Path) -> None:
