@@ -40,7 +40,7 @@ from braniac.model.gpt import GPT
 from braniac.model.mixnmatch import Sensitivities, Windows, controls, sensitivities
 from braniac.model.objective import ObjectiveSettings
 from braniac.model.sources import Corpus, TextSource
-from braniac.model.speculative import Speculation, speculate
+from braniac.model.speculative import SpeculationStats, speculate
 from braniac.model.tiers import parameter_count, tier_width, tier_widths
 from braniac.model.trainer import Trainer, TrainSettings
 
@@ -50,7 +50,7 @@ SENSITIVITY_WINDOWS = 32
 PROMPTS = 6
 PROMPT_TOKENS = 64
 NEW_TOKENS = 96
-BLOCKS = (2, 3, 4, 6)
+DRAFTS = ((2, 0.0), (4, 0.0), (8, 0.0), (8, 0.7))  # block, confidence
 
 
 def main() -> None:
@@ -195,44 +195,45 @@ def speculation(
     config = PRESETS[options.preset]
     verifier = models["joint" if kind == "joint" else "tier0"]
     prompts = [row[:PROMPT_TOKENS].tolist() for row in tokens_NT[:: max(1, len(tokens_NT) // PROMPTS)]][:PROMPTS]
-    settings = [(tier, block) for tier in range(1, config.tiers) for block in BLOCKS]
+    settings = [(tier, *draft) for tier in range(1, config.tiers) for draft in DRAFTS]
     found = []
     for temperature in (0.0, 1.0):
-        plain_s, seconds = 0.0, dict.fromkeys(settings, 0.0)
-        counts = {setting: Speculation() for setting in settings}
+        plain_s = 0.0
+        totals = {setting: SpeculationStats() for setting in settings}
         for number, prompt in enumerate(prompts):
             dice = torch.Generator().manual_seed(number)
             began = time.perf_counter()
             list(generate(verifier, prompt, NEW_TOKENS, generator=dice, temperature=temperature))
             plain_s += time.perf_counter() - began
-            for tier, block in settings:
-                drafter = verifier if kind == "joint" else models[f"tier{tier}"]
-                began = time.perf_counter()
-                list(
-                    speculate(
-                        verifier,
-                        prompt,
-                        NEW_TOKENS,
-                        drafter=drafter,
-                        draft_width=tier_width(config, tier),
-                        block=block,
-                        generator=dice,
-                        temperature=temperature,
-                        counts=counts[tier, block],
-                    )
+            for tier, block, confidence in settings:
+                text, stats = speculate(
+                    verifier,
+                    prompt,
+                    NEW_TOKENS,
+                    drafter=verifier if kind == "joint" else models[f"tier{tier}"],
+                    draft_width=tier_width(config, tier),
+                    block=block,
+                    confidence=confidence,
+                    generator=dice,
+                    temperature=temperature,
+                    clock=time.perf_counter,
                 )
-                seconds[tier, block] += time.perf_counter() - began
+                list(text)
+                total = totals[tier, block, confidence]
+                for name in SpeculationStats.__slots__:
+                    setattr(total, name, getattr(total, name) + getattr(stats, name))
         found += [
             {
                 "temperature": temperature,
                 "draft_width": tier_width(config, tier),
                 "block": block,
-                "accept_rate": counts[tier, block].accept_rate,
-                "rollback_rate": counts[tier, block].rollback_rate,
-                "tokens_per_s": len(prompts) * NEW_TOKENS / seconds[tier, block],
-                "speedup": plain_s / seconds[tier, block],
+                "confidence": confidence,
+                "accept_rate": total.accept_rate,
+                "rollback_rate": total.rollback_rate,
+                "tokens_per_s": total.tokens / total.seconds,
+                "speedup": plain_s / total.seconds,
             }
-            for tier, block in settings
+            for (tier, block, confidence), total in totals.items()
         ]
     return {"best": max(found, key=lambda row: row["speedup"]), "settings": found}
 

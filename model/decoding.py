@@ -1,98 +1,22 @@
-"""Text from a model, token by token: greedy, sampling and beam search, with a key-value cache.
+"""Writing text with a model: greedily, by sampling, by beam search. A cache saves computing any token twice.
 
-What is unusual: a cache does not roll. When it is full, the last half of the window is read anew and becomes the
-beginning, so a model sees at least half a context and at most a whole one, at the price of one long pass per half
-context. Which tokens are seen depends on the position alone, so speculative decoding sees the same.
-
-Shape legend: T = tokens, V = vocabulary.
+Positions count from where the window begins, so a cache cannot slide. When the window is full, reading starts again
+from its last half: beyond its context, the model sees between context/2 and context tokens, and reads each token twice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from braniac.model.attention import KVCache
 from braniac.model.errors import ModelError
 from braniac.model.gpt import GPT
-from braniac.model.tiers import WidthMap
-
-
-class Stream:
-    """A model reading one sequence at one width."""
-
-    def __init__(self, model: GPT, width: WidthMap = None) -> None:
-        self._model = model
-        self._width = width
-        self._window: list[int] = []
-        """What the cache holds."""
-        self._cache = KVCache(model.config, 1, model.config.context)
-
-    @property
-    def room(self) -> int:
-        """Tokens that can be read before the window must be read anew."""
-        return self._cache.room - self._cache.length
-
-    def read(self, tokens: Sequence[int]) -> Tensor:
-        """Go on with `tokens`: the logits that follow each of them, [T, V]. They fit the room, unless there is none."""
-        if not self.room:
-            kept = self._window[-(self._cache.room // 2) :]
-            self._window, self._cache.length = [], 0
-            return self.read([*kept, *tokens])[-len(tokens) :]
-        assert 0 < len(tokens) <= self.room, f"{len(tokens)} tokens for a room of {self.room}"
-        self._window += tokens
-        with torch.inference_mode():
-            logits_BTV: Tensor = self._model(torch.tensor([tokens]), self._width, self._cache)
-        return logits_BTV[0]
-
-    def forget(self, count: int) -> None:
-        """Take the last `count` tokens back."""
-        if count:
-            self._cache.truncate(self._cache.length - count)
-            del self._window[-count:]
-
-
-def check_request(model: GPT, prompt: Sequence[int], temperature: float, top_k: int | None, top_p: float) -> None:
-    """Raise ModelError for a prompt or a way of choosing that cannot be used."""
-    vocab_size = model.config.vocab_size
-    if not prompt or not all(0 <= token < vocab_size for token in prompt):
-        raise ModelError(f"the prompt must hold at least one token, each from 0 to {vocab_size - 1}.")
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
-        raise ModelError(
-            f"temperature {temperature:g}, top_k {top_k} or top_p {top_p:g} is out of range: "
-            "take at least 0, at least 1, and more than 0 up to 1."
-        )
-
-
-def probabilities(logits_TV: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
-    """What to draw the next token from, [T, V]. Temperature 0: all on the likeliest token (of equal ones the first).
-
-    `top_k` leaves the k likeliest, `top_p` the likeliest that together reach that probability (Holtzman et al. 2019).
-    """
-    if temperature == 0 or top_k == 1:
-        return F.one_hot(logits_TV.argmax(-1), logits_TV.shape[-1]).float()
-    if top_k is not None and top_k < logits_TV.shape[-1]:
-        smallest_T1 = logits_TV.topk(top_k, dim=-1).values[..., -1:]
-        logits_TV = logits_TV.masked_fill(logits_TV < smallest_T1, -torch.inf)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    probs_TV = torch.softmax((logits_TV - logits_TV.amax(-1, keepdim=True)) / temperature, dim=-1)
-    if top_p < 1:
-        sorted_TV, order_TV = probs_TV.sort(-1, descending=True, stable=True)
-        before_TV = sorted_TV.cumsum(-1) - sorted_TV
-        kept_TV = sorted_TV.masked_fill(before_TV >= top_p, 0.0)
-        probs_TV = torch.zeros_like(probs_TV).scatter(-1, order_TV, kept_TV)
-        probs_TV = probs_TV / probs_TV.sum(-1, keepdim=True)
-    return probs_TV
-
-
-def draw(probs_V: Tensor, generator: torch.Generator) -> int:
-    """One token; certain ones cost no randomness."""
-    likeliest = int(probs_V.argmax())
-    return likeliest if probs_V[likeliest] == 1 else int(torch.multinomial(probs_V, 1, generator=generator))
+from braniac.model.reader import Reader
+from braniac.model.tiers import WidthMap, layer_widths
 
 
 def generate(
@@ -103,35 +27,42 @@ def generate(
     generator: torch.Generator,
     temperature: float = 0.8,
     top_k: int | None = None,
-    top_p: float = 1.0,
     width: WidthMap = None,
     eos: int | None = None,
 ) -> Iterator[int]:
-    """Yield up to `max_new` tokens after `prompt`, the last context of which is read; `eos`, if it comes, is the last.
+    """Yield up to `max_new` tokens after `prompt`; `eos` is the last one, if it comes.
 
-    Raises ModelError for an empty prompt, a token outside the vocabulary, a negative temperature, a `top_k` below 1, or
-    a `top_p` outside (0, 1].
+    Temperature 0 takes the likeliest token, `top_k` limits the choice. Raises ModelError for an empty prompt, a token
+    outside the vocabulary, a negative temperature or a `top_k` below 1, and ConfigError for a width of another model.
     """
-    check_request(model, prompt, temperature, top_k, top_p)
-    stream = Stream(model, width)
-    unread = list(prompt[-model.config.context :])
+    check_request(model, prompt, temperature, top_k, width)
+    context = model.config.context
+    reader = Reader(model, width)
+    window = list(prompt[-context:])
     for _ in range(max_new):
-        token = draw(probabilities(stream.read(unread)[-1:], temperature, top_k, top_p)[0], generator)
+        if len(window) > context:
+            window = last_half(window, context)
+            reader.truncate(0)
+        logits_V = reader.read(window[reader.length :])[0]
+        token = draw(distribution(logits_V, temperature, top_k), generator)
         yield token
         if token == eos:
             return
-        unread = [token]
+        window.append(token)
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """One continuation that beam search found."""
+    """One continuation that a beam search found."""
 
     tokens: tuple[int, ...]
+    """What follows the prompt, with the end token if it came to one."""
     log_probability: float
-    """Sum over its tokens, nats."""
+    """Of all of it, in nats."""
     score: float
-    """log_probability / length ** length_penalty."""
+    """What it was ranked by: log_probability / len(tokens) ** length_penalty."""
+    finished: bool
+    """Whether it came to the end token."""
 
 
 def beam_search(
@@ -140,44 +71,98 @@ def beam_search(
     max_new: int,
     *,
     beams: int,
-    length_penalty: float = 1.0,
+    length_penalty: float = 0.0,
     width: WidthMap = None,
     eos: int | None = None,
 ) -> list[Hypothesis]:
-    """The best continuations of up to `max_new` tokens that keeping `beams` at a time finds, the best first.
+    """The best continuations of up to `max_new` tokens that a beam of `beams` finds, the best first.
 
-    A hypothesis ends with `eos` or after `max_new` tokens. Ties go to the better parent, then to the lower token.
-    Raises ModelError if prompt and continuation do not fit the context, and as `generate`.
+    Every hypothesis that comes to `eos` leaves the beam, which is one narrower from then on; one beam is thus exactly
+    greedy decoding. Equal probabilities are ranked by the parent's rank, then by token. `length_penalty` 0 compares
+    probabilities, 1 the mean per token; it decides the final order alone. Raises as `generate`.
     """
-    check_request(model, prompt, 0.0, None, 1.0)
-    if beams < 1 or max_new < 1 or len(prompt) + max_new > model.config.context:
+    check_request(model, prompt, 0.0, None, width)
+    if beams < 1 or max_new < 1 or not math.isfinite(length_penalty):
         raise ModelError(
-            f"{beams} beams of {len(prompt)} + {max_new} tokens: take at least 1 beam and 1 new token, "
-            f"and at most {model.config.context} tokens together."
+            f"a beam search with beams {beams}, max_new {max_new}, length_penalty {length_penalty:g}: "
+            "give at least one beam, one token and a finite penalty."
         )
-    cache = KVCache(model.config, beams, len(prompt) + max_new)
-    unread_BT = torch.tensor([list(prompt)] * beams)
-    live: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
-    ended: list[Hypothesis] = []
-    for length in range(1, max_new + 1):
-        with torch.inference_mode():
-            log_probs_BV = F.log_softmax(model(unread_BT, width, cache)[:, -1].double(), dim=-1)
-        sums_BV = log_probs_BV[: len(live)] + torch.tensor([total for _, total in live], dtype=torch.float64)[:, None]
-        order = sums_BV.flatten().sort(descending=True, stable=True)
-        rows, grown = [], []
-        # At most one child of each live beam ends, so twice as many candidates leave enough that go on.
-        for total, place in zip(order.values[: 2 * beams].tolist(), order.indices[: 2 * beams].tolist(), strict=True):
-            row, token = divmod(place, sums_BV.shape[1])
-            tokens = (*live[row][0], token)
-            if token == eos or length == max_new:
-                ended.append(Hypothesis(tokens, total, total / length**length_penalty))
-            elif len(grown) < beams:
-                rows.append(row)
-                grown.append((tokens, total))
-        if not grown:
+    context = model.config.context
+    reader = Reader(model, width, beams)
+    windows = [list(prompt[-context:])]
+    texts: list[tuple[int, ...]] = [()]
+    totals = torch.zeros(1, dtype=torch.float64)
+    found: list[Hypothesis] = []
+    for _ in range(max_new):
+        if len(windows[0]) > context:
+            windows = [last_half(window, context) for window in windows]
+            reader.truncate(0)
+        logits_BV = reader.read_batch(torch.tensor(windows)[:, reader.length :])[:, 0]
+        scores_BV = totals[:, None] + torch.log_softmax(logits_BV.double(), dim=-1)
+        parents, tokens, scores = _best(scores_BV, beams - len(found))
+        ended = [token == eos for token in tokens]
+        alive = [number for number, end in enumerate(ended) if not end]
+        grown = [(*texts[parent], token) for parent, token in zip(parents, tokens, strict=True)]
+        found += [
+            _hypothesis(grown[number], scores[number], length_penalty, finished=True)
+            for number, end in enumerate(ended)
+            if end
+        ]
+        windows = [[*windows[parents[number]], tokens[number]] for number in alive]
+        texts = [grown[number] for number in alive]
+        totals = torch.tensor([scores[number] for number in alive], dtype=torch.float64)
+        if not alive:
             break
-        live = grown
-        spare = beams - len(live)  # rows of the batch that nothing lives in yet
-        cache.select(torch.tensor(rows + [0] * spare))
-        unread_BT = torch.tensor([[tokens[-1]] for tokens, _ in live] + [[live[0][0][-1]]] * spare)
-    return sorted(ended, key=lambda found: -found.score)[:beams]
+        reader.select([parents[number] for number in alive])
+    found += [
+        _hypothesis(text, total, length_penalty, finished=False)
+        for text, total in zip(texts, totals.tolist(), strict=True)
+    ]
+    return sorted(found, key=lambda hypothesis: (-hypothesis.score, hypothesis.tokens))
+
+
+def _best(scores_BV: Tensor, count: int) -> tuple[list[int], list[int], list[float]]:
+    """Row, column and score of the `count` highest scores, the highest first, ties in order of row and column."""
+    scores = scores_BV.flatten()
+    lowest = scores.topk(min(count, len(scores))).values[-1]
+    candidates = (scores >= lowest).nonzero().flatten()
+    order = scores[candidates].argsort(descending=True, stable=True)[:count]
+    chosen = candidates[order]
+    vocab_size = scores_BV.shape[1]
+    return (chosen // vocab_size).tolist(), (chosen % vocab_size).tolist(), scores[chosen].tolist()
+
+
+def _hypothesis(tokens: tuple[int, ...], total: float, length_penalty: float, *, finished: bool) -> Hypothesis:
+    return Hypothesis(tokens, total, total / len(tokens) ** length_penalty, finished)
+
+
+def check_request(model: GPT, prompt: Sequence[int], temperature: float, top_k: int | None, width: WidthMap) -> None:
+    """Raise ModelError or ConfigError for what no decoder can use."""
+    vocab_size = model.config.vocab_size
+    if not prompt or not all(0 <= token < vocab_size for token in prompt):
+        raise ModelError(f"the prompt must hold at least one token, each from 0 to {vocab_size - 1}.")
+    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
+        raise ModelError(f"temperature {temperature:g} or top_k {top_k} is out of range: take at least 0 and 1.")
+    if width is not None:
+        layer_widths(model.config, width, model.tier)
+
+
+def last_half(window: Sequence[int], context: int) -> list[int]:
+    """The tokens to read again when the window does not fit the context any more."""
+    return list(window[-max(1, context // 2) :])
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """Logits [..., V] -> the probabilities to draw from [..., V]; at temperature 0 all on the first likeliest token."""
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    # Subtracting the maximum first keeps a tiny temperature from overflowing.
+    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
+
+
+def draw(probabilities_V: Tensor, generator: torch.Generator) -> int:
+    """One token at random."""
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))
