@@ -7,6 +7,7 @@ its lists has one entry per width:
   separate          queries of the encoder trained at that width, corpus of the encoder trained at full width (control)
   separate_alone    the same, but the corpus is also of the encoder trained at that width: how good it is by itself
   sliced            queries of a slice of the encoder trained at full width alone, corpus of that encoder (control)
+`chance` is what a random order of the corpus would give.
 
     python benchmarks/retrieval.py --json --seed 0
 """
@@ -120,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = run(options)
     if options.json:
         rows = {name: [dataclasses.asdict(report) for report in reports] for name, reports in results.items()}
-        chance = {"accuracy_1nn": 1 / options.textures, "overlap": options.neighbours / (4 * options.textures)}
+        items, k = VIEWS_IN_CORPUS * options.textures, options.neighbours
+        misses = math.comb(items - VIEWS_IN_CORPUS, k) / math.comb(items, k)
+        chance = {"accuracy_1nn": 1 / options.textures, "recall": 1 - misses, "overlap": k / items}
         print(json.dumps({**rows, "chance": chance, "options": vars(options)}))
         return
     print(f"{'queries':<15}{'width':>6}{'1-NN':>8}{f'R@{options.neighbours}':>8}{'overlap':>9}{'spearman':>10}")
