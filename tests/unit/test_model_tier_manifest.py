@@ -122,6 +122,23 @@ def test_what_is_no_manifest_is_refused(exported: Path, data: bytes, sentence: s
         resolve(exported, 0, "auto")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nothing")])
+def test_a_manifest_that_is_no_file_is_refused(exported: Path, make: Callable[[Path], None]) -> None:
+    path = exported / "matformer_manifest.json"
+    path.unlink()
+    make(path)
+    with pytest.raises(CheckpointError, match=r"matformer_manifest.json is missing or no file"):
+        resolve(exported, 0, "auto")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_missing_file_of_the_whole_checkpoint_is_named(exported: Path, name: str) -> None:
+    (exported / name).unlink()
+    for strategy in STRATEGIES:
+        with pytest.raises(CheckpointError, match=rf"matformer_manifest.json lists '{name}', which is missing"):
+            resolve(exported, 0, strategy)
+
+
 @pytest.mark.parametrize("name", ["../X-tier1/model.safetensors", "../X-tier1/config.json", "tokenizer.json"])
 @pytest.mark.parametrize("strategy", ["auto", "sliced"])
 def test_a_changed_file_is_refused(exported: Path, name: str, strategy: Strategy) -> None:
