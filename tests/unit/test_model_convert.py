@@ -329,21 +329,24 @@ def batches(purpose: bytes, batch: int = 8) -> Batches:
 @pytest.fixture(scope="module")
 def dense_model() -> GPT:
     """Trained at its whole width alone."""
-    train = TrainSettings(objective=ObjectiveSettings(mode="fixed"), total_steps=100)
+    train = TrainSettings(objective=ObjectiveSettings(mode="fixed"), total_steps=60)
     trainer = Trainer(SMALL, 0, batches(b"dense"), train)
     for _ in range(train.total_steps):
         trainer.step()
     return trainer.model
 
 
-def a_report(model: GPT, kinds: tuple[Kind, ...], steps: int, **options: Any) -> ConversionReport:
+def a_report(
+    model: GPT, kinds: tuple[Kind, ...], steps: int, alphas: tuple[float, ...] = (), **options: Any
+) -> ConversionReport:
+    objective = ObjectiveSettings(mode="joint", alphas=alphas)
     return report(
         model,
         kinds,
         calibration=batches(b"calibration", 32).batch(0),
         windows=batches(b"evaluation").held_out(48),
         batches=batches(b"finetune"),
-        settings=TrainSettings(objective=ObjectiveSettings(mode="joint"), total_steps=steps, warmup_steps=2),
+        settings=TrainSettings(objective=objective, total_steps=steps, warmup_steps=2),
         **options,
     )
 
@@ -367,7 +370,13 @@ def test_the_report_shows_that_sorting_pays_by_itself(dense_model: GPT) -> None:
 def test_the_report_shows_what_further_training_does(dense_model: GPT) -> None:
     found = a_report(dense_model, ("activation",), steps=10)
     losses = found.orderings["activation"]
-    assert found.dense_continued not in (found.dense, losses.after[0])
     assert losses.before[0] == pytest.approx(found.dense, abs=1e-4)
     assert losses.after[3] < losses.before[3] - 0.05
     assert a_report(dense_model, ("activation",), steps=10) == found
+
+
+def test_the_dense_model_goes_on_at_its_whole_width_alone(dense_model: GPT) -> None:
+    jointly = a_report(dense_model, ("identity",), steps=5)
+    whole_only = a_report(dense_model, ("identity",), steps=5, alphas=(1.0, 0.0, 0.0, 0.0))
+    assert jointly.dense_continued == whole_only.dense_continued == whole_only.orderings["identity"].after[0]
+    assert jointly.dense_continued not in (jointly.dense, jointly.orderings["identity"].after[0])
