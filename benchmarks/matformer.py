@@ -37,7 +37,7 @@ from braniac.model.data import Batches
 from braniac.model.decoding import generate
 from braniac.model.evaluate import held_out_loss
 from braniac.model.gpt import GPT
-from braniac.model.mixnmatch import Sensitivities, Windows, controls, sensitivities
+from braniac.model.mixnmatch import Sensitivities, Windows, controls, evaluate_maps, sensitivities
 from braniac.model.objective import ObjectiveSettings
 from braniac.model.sources import Corpus, TextSource
 from braniac.model.speculative import SpeculationStats, speculate
@@ -157,10 +157,12 @@ def mixnmatch(
     """Width maps chosen for parameter budgets between the tiers, each beside the straight line between its neighbours.
 
     Each map has two neighbouring tiers' widths only: maps of very uneven widths fall off the curve (docs/LOG.md). The
-    sensitivities are measured on training text, the losses on held-out text.
+    additive proxy can be wrong, so its choice competes with the wide layers all first and all last. Everything is
+    chosen on training text and reported on held-out text.
     """
     config = model.config
-    measured = sensitivities(model, batches.batch(0), tier_widths(config))
+    chosen_on = batches.batch(0)
+    measured = sensitivities(model, chosen_on, tier_widths(config))
     points = []
     for tier in range(config.tiers - 1):
         wide, narrow = parameter_count(config, tier), parameter_count(config, tier + 1)
@@ -171,12 +173,17 @@ def mixnmatch(
         proxy = Sensitivities(full_loss=measured.full_loss, layers=layers)
         for share in (1 / 3, 2 / 3):
             choice = choose(costs, proxy, narrow + share * (wide - narrow))
-            (control,) = controls(model, [choice.widths], windows, seed=0, unnested=unnested)
+            maps = [choice.widths, tuple(sorted(choice.widths)), tuple(sorted(choice.widths, reverse=True))]
+            losses = evaluate_maps(model, maps, chosen_on)
+            best = maps[losses.index(min(losses))]
+            (control,) = controls(model, [best], windows, seed=0, unnested=unnested)
             at = (choice.cost - narrow) / (wide - narrow)
             line = narrow_loss + at * (wide_loss - narrow_loss)
             points.append(
                 {
-                    "width_map": choice.widths,
+                    "width_map": best,
+                    "by_proxy": choice.widths,
+                    "loss_by_proxy": evaluate_maps(model, [choice.widths], windows)[0],
                     "parameters": int(choice.cost),
                     "loss": control.loss,
                     "line": line,
@@ -240,7 +247,7 @@ def speculation(
 
 def slice_overhead(config: ModelConfig, rounds: int = 15) -> dict[int, float]:
     """Per width: how much longer forward and backward take as a slice of the whole model than as a dense model."""
-    tokens = torch.randint(0, config.vocab_size, (4, config.context), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, config.vocab_size, (8, config.context), generator=torch.Generator().manual_seed(0))
     whole = GPT(config, 0)
     whole.init_weights(0)
     overhead = {}
@@ -253,7 +260,7 @@ def slice_overhead(config: ModelConfig, rounds: int = 15) -> dict[int, float]:
             pair = [(whole, width), (dense, None)]
             seconds = {}
             for model, asked in pair if round_number % 2 else reversed(pair):
-                model.zero_grad(set_to_none=False)
+                model.zero_grad()
                 began = time.perf_counter()
                 model.loss(tokens, tokens, asked).backward()  # type: ignore[no-untyped-call]
                 seconds[asked] = time.perf_counter() - began
