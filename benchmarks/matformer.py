@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.02, help="Muon's")
     parser.add_argument("--adam-learning-rate", type=float, default=0.01)
     parser.add_argument("--kl-weight", type=float, default=0.0, help="of the joint model")
+    parser.add_argument("--mixed-maps", type=int, default=1, help="random width maps in each step of the joint model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/matformer"))
@@ -87,7 +88,7 @@ def trained(name: str, options: argparse.Namespace, corpus: Corpus) -> GPT:
     tier = 0 if name == "joint" else int(name[-1])
     recipe = {key: str(vars(options)[key]) for key in ("steps", "batch", "learning_rate", "adam_learning_rate", "seed")}
     if name == "joint":
-        recipe["kl_weight"] = str(options.kl_weight)
+        recipe |= {"kl_weight": str(options.kl_weight), "mixed_maps": str(options.mixed_maps)}
     path = options.out / f"{name}.safetensors"
     if path.exists():
         tensors, metadata = from_safetensors(path.read_bytes())
@@ -96,14 +97,14 @@ def trained(name: str, options: argparse.Namespace, corpus: Corpus) -> GPT:
         model = GPT(config, tier)
         model.load_state_dict(tensors)
         return model
-    mode = "joint" if name == "joint" else "fixed"
+    joint = ObjectiveSettings(mode="joint", kl_weight=options.kl_weight, mixed_maps=options.mixed_maps)
     settings = TrainSettings(
         learning_rate=options.learning_rate,
         adam_learning_rate=options.adam_learning_rate,
         batch=options.batch,
         total_steps=options.steps,
         seed=options.seed,
-        objective=ObjectiveSettings(mode=mode, kl_weight=options.kl_weight if mode == "joint" else 0.0),
+        objective=joint if name == "joint" else ObjectiveSettings(mode="fixed"),
     )
     batches = Batches(corpus, options.seed, b"benchmark", config.context, options.batch)
     trainer = Trainer(config, tier, batches, settings)

@@ -6,6 +6,9 @@
   joint    all tiers in every step, sum_g alpha_g L_g (MatFormer, arXiv 2310.07707)
   layers   like `sampled`, but a narrow step draws a width for every layer by itself
 
+With `mixed_maps`, each step of `joint` and `sandwich` also trains that many random Mix'n'Match maps between two
+neighbouring tiers, so that the maps a search chooses later are not strangers to the weights.
+
 Curriculum: the weights of `joint` may move from `alphas` to `final_alphas`. With `kl_weight`, the narrower widths of a
 step (`joint`, `sandwich`) are also pulled towards the distribution of the widest, which is held still.
 """
@@ -43,6 +46,9 @@ class ObjectiveSettings:
     sandwich_random: int = 1
     """sandwich: random tiers between the widest and the narrowest in each step."""
 
+    mixed_maps: int = 0
+    """joint, sandwich: random width maps in each step besides, each layer at one of two neighbouring tiers' widths."""
+
     alphas: tuple[float, ...] = ()
     """joint: weight of each tier's loss, the widest first; their sum counts as one. Empty: all alike."""
 
@@ -60,8 +66,9 @@ class ObjectiveSettings:
             raise ConfigError(f"objective.mode is {self.mode!r}: it must be one of {', '.join(get_args(Mode))}.")
         if not 0 <= self.subwidth_fraction <= 1:
             raise ConfigError(f"objective.subwidth_fraction is {self.subwidth_fraction!r}: it must be from 0 to 1.")
-        if self.sandwich_random < 0 or self.curriculum_steps < 0:
-            raise ConfigError("objective.sandwich_random and curriculum_steps must not be negative.")
+        for name in ("sandwich_random", "mixed_maps", "curriculum_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"objective.{name} is {getattr(self, name)}: it must not be negative.")
         for name in ("alphas", "final_alphas"):
             values = getattr(self, name)
             if not all(math.isfinite(value) and value >= 0 for value in values) or (values and not sum(values)):
@@ -104,10 +111,11 @@ class Objective:
             case "sampled" | "layers":
                 return [self._sampled(step)]
             case "sandwich":
-                return self._sandwich(step)
+                return self._with_mixed(step, self._sandwich(step))
             case "joint":
                 weights = self.alphas(step)
-                return [self._uniform(tier, weight) for tier, weight in enumerate(weights) if weight > 0]
+                terms = [self._uniform(tier, weight) for tier, weight in enumerate(weights) if weight > 0]
+                return self._with_mixed(step, terms)
 
     def alphas(self, step: int) -> list[float]:
         """Weights of the held tiers in a step of mode joint; they sum to one."""
@@ -136,6 +144,21 @@ class Objective:
         chosen = [between.pop(draw % len(between)) for draw in (self._draw(step, count) if count else ())]
         tiers = sorted({0, last, *chosen})
         return [self._uniform(tier, 1 / len(tiers)) for tier in tiers]
+
+    def _with_mixed(self, step: int, terms: list[Term]) -> list[Term]:
+        """The terms, and after them the random maps, each as heavy as the mean of the others."""
+        count, pairs = self.settings.mixed_maps, len(self.held) - 1
+        if not count or not pairs:
+            return terms
+        share = 1 / (len(terms) + count)
+        maps = []
+        for number in range(count):
+            # The first draws of a step are those of sandwich.
+            at = self.settings.sandwich_random + number * (1 + self.layers)
+            pair, *choices = self._draw(step, at + 1 + self.layers)[at:]
+            widths = self.held[pair % pairs : pair % pairs + 2]
+            maps.append(Term(tuple(widths[choice % 2] for choice in choices), share))
+        return [Term(term.widths, term.weight * len(terms) * share) for term in terms] + maps
 
 
 def _normalised(weights: tuple[float, ...]) -> list[float]:

@@ -87,6 +87,8 @@ class ObjectiveSection(Section):
     """sampled, layers: share of the steps that train less than the whole tier."""
     sandwich_random: int = _OBJECTIVE.sandwich_random
     """sandwich: random tiers between the widest and the narrowest in each step."""
+    mixed_maps: int = _OBJECTIVE.mixed_maps
+    """joint, sandwich: random width maps in each step besides, each between two neighbouring tiers."""
     alphas: tuple[float, ...] = _OBJECTIVE.alphas
     """joint: weight of each tier's loss, the widest first; empty: all alike."""
     final_alphas: tuple[float, ...] = _OBJECTIVE.final_alphas

@@ -119,6 +119,27 @@ def test_joint_trains_every_tier_that_is_held_all_alike() -> None:
     assert objective_of("joint", 2).terms(5) == [Term(uniform(width), 0.5) for width in WIDTHS[2:]]
 
 
+@pytest.mark.parametrize("mode", ["sandwich", "joint"])
+def test_mixed_maps_lie_between_two_neighbouring_tiers_and_weigh_as_much_as_the_others(mode: str) -> None:
+    steps = drawn(objective_of(mode, mixed_maps=2), 300)
+    plain = drawn(objective_of(mode), 300)
+    maps = []
+    for terms, without in zip(steps, plain, strict=True):
+        assert [term.widths for term in terms[:-2]] == [term.widths for term in without]
+        assert [term.weight for term in terms] == [pytest.approx(1 / len(terms))] * len(terms)
+        maps += [term.widths for term in terms[-2:]]
+    pairs = [{64, 32}, {32, 16}, {16, 8}]
+    assert all(any(set(widths) <= pair for pair in pairs) for widths in maps)
+    # Three pairs with eight maps each, of which the uniform ones between two pairs are the same.
+    assert len(set(maps)) == 3 * 8 - 2
+    assert len({terms[-1].widths == terms[-2].widths for terms in steps}) == 2  # the two maps are drawn apart
+
+
+def test_mixed_maps_keep_the_shares_of_the_tiers() -> None:
+    terms = objective_of("joint", alphas=(6.0, 2.0, 0.0, 0.0), mixed_maps=1).terms(0)
+    assert [term.weight for term in terms] == pytest.approx([0.5, 1 / 6, 1 / 3])
+
+
 def test_the_weights_of_joint_count_as_shares_and_a_weight_of_zero_costs_nothing() -> None:
     objective = objective_of("joint", alphas=(4.0, 0.0, 2.0, 2.0))
     assert objective.alphas(0) == [0.5, 0.0, 0.25, 0.25]
@@ -147,7 +168,8 @@ def test_without_a_length_the_curriculum_is_at_its_end() -> None:
         ({"subwidth_fraction": 1.5}, "objective.subwidth_fraction is 1.5"),
         ({"subwidth_fraction": math.nan}, "objective.subwidth_fraction is nan"),
         ({"sandwich_random": -1}, "objective.sandwich_random"),
-        ({"curriculum_steps": -1}, "curriculum_steps must not be negative"),
+        ({"curriculum_steps": -1}, "objective.curriculum_steps is -1: it must not be negative"),
+        ({"mixed_maps": -1}, "objective.mixed_maps is -1: it must not be negative"),
         ({"alphas": (1.0, -1.0)}, r"objective.alphas is \(1.0, -1.0\)"),
         ({"alphas": (0.0, 0.0)}, "not all 0"),
         ({"final_alphas": (1.0, math.inf)}, "objective.final_alphas"),
