@@ -87,6 +87,7 @@ class Swarm:
         ports = _free_ports(options.nodes)
         self.peers = [Peer(i, tier, ports[i], root / f"n{i}") for i, tier in enumerate(tiers)]
         self.kills: list[dict[str, Any]] = []
+        self.splits = report.Splits(options.slot_s)
         self._random = random.Random(options.seed)
 
     async def run(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class Swarm:
             await self._kill_all()
         observations = {peer.index: peer.observations for peer in self.peers}
         losses = await asyncio.to_thread(self._losses)
-        return report.build(self.options, observations, self.kills, agreed, losses, codes, began)
+        return report.build(self.options, observations, self.kills, agreed, self.splits, losses, codes, began)
 
     # --- starting and stopping ---------------------------------------------------------------------------------------
 
@@ -147,7 +148,9 @@ class Swarm:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.gather(*(peer.ask() for peer in self.peers if peer.process is not None))
+            replies = await asyncio.gather(*(peer.ask() for peer in self.peers if peer.process is not None))
+            answers = [reply for reply in replies if reply is not None]
+            self.splits.look(asyncio.get_running_loop().time(), answers)
             await asyncio.sleep(_POLL_S)
 
     async def _let_train(self, began: float) -> None:

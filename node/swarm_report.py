@@ -19,8 +19,6 @@ class Observations:
 
     peer_id: str = ""
     slots: dict[int, SlotRecord] = field(default_factory=dict)
-    states: dict[tuple[int, int], set[bytes]] = field(default_factory=lambda: defaultdict(set))
-    """(fragment, last slot) -> digests of the anchor."""
     steps: list[tuple[float, int]] = field(default_factory=list)
     """(local time, inner steps done)"""
     lag_p99_s: float = 0.0
@@ -36,8 +34,6 @@ class Observations:
         for record in reply.slots:
             self.slots[record.slot] = record
             self.next_slot = max(self.next_slot, record.slot - 8)  # a certificate may settle an earlier slot late
-        for state in reply.digests:
-            self.states[state.fragment, state.slot].add(state.digest)
         self.last = reply
         if reply.state in ("training", "degraded"):
             self.steps.append((at, reply.steps))
@@ -61,6 +57,47 @@ class Observations:
             else:
                 longest = max(longest, at - since)
         return longest
+
+
+@dataclass
+class Splits:
+    """Times in which nodes showed different bytes of a fragment for the same last slot.
+
+    A moment of this is normal. Updates add up in any order, so a node that comes back may hold the newest certificate
+    before an older one that it missed, or bring one that nobody else has: it heals when the other certificate has
+    gone round. A split that outlives a window does not heal by certificates, and means that somebody has lost one.
+    """
+
+    slot_s: float
+    window_s: float = 0.0
+    durations_s: list[float] = field(default_factory=list)
+    """Of every split that is over."""
+    _since: dict[int, float] = field(default_factory=dict)
+    _looked_at: float = 0.0
+
+    def look(self, at: float, replies: Iterable[StatusReply]) -> None:
+        """One look at all daemons."""
+        self._looked_at = at
+        shown: dict[tuple[int, int], set[bytes]] = defaultdict(set)
+        for reply in replies:
+            self.window_s = max(self.window_s, reply.fragments * self.slot_s)
+            for state in reply.digests:
+                shown[state.fragment, state.slot].add(state.digest)
+        split = {fragment for (fragment, _), digests in shown.items() if len(digests) > 1}
+        for fragment in split - self._since.keys():
+            self._since[fragment] = at
+        for fragment in self._since.keys() - split:
+            self.durations_s.append(at - self._since.pop(fragment))
+
+    def figures(self) -> dict[str, Any]:
+        """Splits that outlived a window, the others, and the longest."""
+        durations = [*self.durations_s, *(self._looked_at - since for since in self._since.values())]
+        lasting = sum(duration > self.window_s for duration in durations)
+        return {
+            "disagreements": lasting,
+            "disagreements_healed": len(durations) - lasting,
+            "disagreement_s_max": round(max(durations, default=0.0), 3),
+        }
 
 
 def compare(replies: Iterable[StatusReply]) -> dict[int, dict[str, Any]]:
@@ -89,16 +126,13 @@ def build(
     observations: Mapping[int, Observations],
     kills: Sequence[Mapping[str, Any]],
     agreed: Mapping[int, Mapping[str, Any]],
+    splits: Splits,
     losses: Mapping[str, Mapping[str, float]],
     exit_codes: Sequence[int],
     began: float,
 ) -> dict[str, Any]:
     """The swarm's report."""
     lasts = [o.last for o in observations.values() if o.last is not None]
-    digests: dict[tuple[int, int], set[bytes]] = defaultdict(set)
-    for observed in observations.values():
-        for key, found in observed.states.items():
-            digests[key] |= found
     gap_s, certificates, slots = certificate_gap(observations.values())
     joins = [o.join_bytes for o in observations.values() if o.join_bytes[1]]
     result: dict[str, Any] = {
@@ -112,7 +146,7 @@ def build(
         "slots": slots,
         "certificate_gap_s_max": round(gap_s, 3),
         "digests_agree": bool(agreed) and all(look["agree"] for look in agreed.values()),
-        "disagreements": sum(len(found) > 1 for found in digests.values()),
+        **splits.figures(),
         "final_slots": {str(fragment): look["slot"] for fragment, look in agreed.items()},
         "loss_start": losses["start"],
         "loss_end": losses["end"],
@@ -138,6 +172,7 @@ def checks(result: Mapping[str, Any]) -> dict[str, bool]:
     start, end = result["loss_start"], result["loss_end"]
     return {
         "digests_agree": result["digests_agree"],
+        "no_disagreement_outlived_a_window": result["disagreements"] == 0,
         "certificate_gap_at_most_10_slots": result["certificate_gap_s_max"] <= 10 * result["slot_s"],
         "loss_fell_at_every_tier": all(end[tier] < start[tier] - 0.5 for tier in start),
         "loop_lag_p99_below_50_ms": result["loop_lag_p99_s_max"] < 0.05,

@@ -38,9 +38,15 @@ def observed(*replies: StatusReply) -> Observations:
     return observations
 
 
-def build(*observations: Observations, codes: tuple[int, ...] = (0, 0), agreed: Any = None) -> dict[str, Any]:
+def build(
+    *observations: Observations,
+    codes: tuple[int, ...] = (0, 0),
+    agreed: Any = None,
+    splits: report.Splits | None = None,
+) -> dict[str, Any]:
     numbered = dict(enumerate(observations))
-    return report.build(OPTIONS, numbered, [{"node": 1}], AGREED if agreed is None else agreed, GOOD, codes, 0.0)
+    looks, apart = AGREED if agreed is None else agreed, splits or report.Splits(OPTIONS.slot_s)
+    return report.build(OPTIONS, numbered, [{"node": 1}], looks, apart, GOOD, codes, 0.0)
 
 
 def steady(**fields: Any) -> Observations:
@@ -134,11 +140,31 @@ def test_a_swarm_that_stops_is_a_gap() -> None:
     assert not build(stopped)["checks"]["certificate_gap_at_most_10_slots"]
 
 
-def test_two_states_of_one_slot_are_a_disagreement_even_if_it_healed() -> None:
-    first = observed(reply(record(0, 1.0), digests={0: (4, b"x")}))
-    second = observed(reply(record(0, 1.0), digests={0: (4, b"z")}), reply(digests={0: (4, b"x")}))
-    assert build(first, second)["disagreements"] == 1
-    assert build(first, first)["disagreements"] == 0
+def splits(*looks: tuple[float, bytes, bytes], slots: tuple[int, int] = (4, 4)) -> dict[str, Any]:
+    """What is said of two nodes that showed these bytes at these times; a window is 4 s."""
+    found = report.Splits(OPTIONS.slot_s)
+    for at, first, second in looks:
+        found.look(at, [reply(digests={0: (slots[0], first)}), reply(digests={0: (slots[1], second)})])
+    return found.figures()
+
+
+def test_a_split_that_heals_within_a_window_is_told_but_no_disagreement() -> None:
+    quiet = {"disagreements": 0, "disagreements_healed": 0, "disagreement_s_max": 0.0}
+    assert splits((0.0, b"x", b"x"), (9.0, b"y", b"y")) == quiet
+    assert splits((0.0, b"x", b"z"), slots=(4, 5)) == quiet  # another last slot says nothing
+    healed = {"disagreements": 0, "disagreements_healed": 1, "disagreement_s_max": 3.5}
+    assert splits((0.0, b"x", b"x"), (1.0, b"x", b"z"), (4.5, b"x", b"x")) == healed
+
+
+def test_a_split_that_outlives_a_window_fails_the_swarm() -> None:
+    lasting = {"disagreements": 1, "disagreements_healed": 0, "disagreement_s_max": 4.5}
+    assert splits((1.0, b"x", b"z"), (5.5, b"x", b"x")) == lasting
+    assert splits((1.0, b"x", b"z"), (5.5, b"y", b"z")) == lasting  # still there at the end
+    found = report.Splits(OPTIONS.slot_s)
+    for at in (1.0, 5.5):
+        found.look(at, [reply(digests={0: (4, b"x")}), reply(digests={0: (4, b"z")})])
+    checks = build(steady(), steady(), splits=found)["checks"]
+    assert [name for name, good in checks.items() if not good] == ["no_disagreement_outlived_a_window"]
 
 
 def test_counts_of_all_nodes_are_added() -> None:
