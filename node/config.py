@@ -83,6 +83,8 @@ class NetworkSection(Section):
     """Write this node's own multiaddrs into this file, for peers that join through @FILE; not set: nowhere."""
     run_id: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Refuse to join any run but this one (64 hex digits)."""
+    nat: bool = False
+    """Whether this device sits behind a router: ask it for a port, use relays, punch holes."""
     call_timeout_s: float = Field(default=10.0, ge=0.1, le=600)
     """Deadline of one call to a peer."""
 
@@ -137,6 +139,65 @@ class StateSection(Section):
     """Checkpoints to keep; one is made with every contribution."""
 
 
+class PolicySection(Section):
+    """When to rest. A gate whose sensor is missing never rests the node."""
+
+    on_battery: bool = True
+    """Whether to train while the device runs on its battery."""
+    battery_min_percent: float = Field(default=30.0, ge=0, le=100)
+    """On battery, rest below this charge, until it is `battery_margin_percent` higher."""
+    battery_margin_percent: float = Field(default=5.0, ge=0, le=50)
+    """How far above the minimum the charge must be to go on."""
+    battery_max_celsius: float = Field(default=42.0, ge=20, le=80)
+    """Rest above this battery temperature, until it is `celsius_margin` lower."""
+    cpu_max_celsius: float = Field(default=90.0, ge=40, le=120)
+    """Rest above this processor temperature, until it is `celsius_margin` lower."""
+    celsius_margin: float = Field(default=3.0, ge=0, le=20)
+    """How far below a maximum a temperature must be to go on."""
+    only_idle: bool = False
+    """Whether to rest while somebody uses the device."""
+    idle_s: float = Field(default=180.0, ge=1, le=86_400)
+    """Nobody uses the device if there was no input for this long."""
+    others_cpu_max_percent: float = Field(default=100.0, ge=1, le=100)
+    """Rest while other programs use more than this share of all cores; 100: never."""
+    metered: bool = True
+    """Whether to work over a connection that is paid by the byte."""
+    schedule: tuple[str, ...] = ()
+    """Local hours to work in, e.g. "mon-fri 20:00-06:00"; empty: always."""
+    dwell_s: float = Field(default=60.0, ge=0, le=86_400)
+    """Least time between resting and going on, and between going on and resting again."""
+    sample_s: float = Field(default=5.0, ge=0.1, le=600)
+    """Time between two looks at the sensors."""
+
+
+class CapsSection(Section):
+    """How much to use at most; 0 means no bound."""
+
+    duty_percent: float = Field(default=100.0, ge=1, le=100)
+    """Share of the time in which the training threads may compute."""
+    memory_mib: int = Field(default=0, ge=0)
+    """Resident memory: a tier that needs more is not chosen, and the node rests above it."""
+    disk_mib: int = Field(default=0, ge=0)
+    """Size of the state directory."""
+    disk_free_min_mib: int = Field(default=256, ge=0)
+    """Rest when less than this is free on the state directory's file system."""
+    upload_kib_per_s: float = Field(default=0.0, ge=0)
+    """Bytes sent to peers, on average over some seconds."""
+    download_kib_per_s: float = Field(default=0.0, ge=0)
+    """Bytes received from peers, on average over some seconds."""
+    daily_mib: float = Field(default=0.0, ge=0)
+    """Bytes exchanged with peers per local day; the node rests until midnight when they are used up."""
+
+
+class WebSection(Section):
+    """A page for people, on this machine only."""
+
+    enabled: bool = False
+    """Whether to serve it; `join --web` does."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port on the loopback address; 0 takes any free one and logs it."""
+
+
 class MetricsSection(Section):
     """The Prometheus endpoint."""
 
@@ -155,6 +216,12 @@ class LogSection(Section):
     """The least important messages to show."""
     format: Literal["auto", "console", "json"] = "auto"
     """console: readable lines; json: one object per line; auto: readable, coloured on a terminal only."""
+    file: bool = True
+    """Whether to write it as JSON to `logs/node.log` in the state directory too, for `braniac-node logs`."""
+    file_mib: float = Field(default=5.0, gt=0, le=1024)
+    """Size at which that file is set aside and a new one begun."""
+    files_kept: int = Field(default=3, ge=1, le=100)
+    """How many of them to keep."""
 
 
 class NodeConfig(Root):
@@ -169,6 +236,9 @@ class NodeConfig(Root):
     train: TrainSection = TrainSection()
     data: DataSection = DataSection()
     state: StateSection = Field(default_factory=StateSection)
+    policy: PolicySection = PolicySection()
+    caps: CapsSection = CapsSection()
+    web: WebSection = WebSection()
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
 

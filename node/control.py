@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from braniac.node import control_pb2, control_pb2_grpc
-from braniac.node.errors import AlreadyRunning, Incompatible, NodeError, NotRunning, ResourceError
+from braniac.node.errors import AlreadyRunning, ConfigError, Incompatible, NodeError, NotRunning, ResourceError
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 PATH_BYTES_MAX = 107  # sockaddr_un has room for 108, one of them the terminating zero
@@ -31,16 +32,30 @@ REQUEST_BYTES_MAX = 1 << 16
 REPLY_BYTES_MAX = 1 << 26
 CALLS_MAX = 32
 ANSWER_S_MAX = 5.0
+WATCH_S_MIN = 0.1
+PAUSE_S_MAX = 366 * 86_400
 
 
 class ControlSource(Protocol):
-    """What the daemon lets the control API see and do. The first two must be quick: they run in the event loop."""
+    """What the daemon lets the control API see and do. All but the coroutines must be quick: they run in its loop."""
 
     def status(self, since_slot: int) -> control_pb2.StatusReply:
         """The state now, with the slots remembered from `since_slot` on."""
 
     def peers(self) -> control_pb2.PeersReply:
         """The peers known now."""
+
+    def pause(self, seconds: float, finish: bool) -> None:
+        """Rest for so long, 0 being until `resume`; with `finish`, after the slot in hand."""
+
+    def resume(self) -> control_pb2.ResumeReply:
+        """End what `pause` began; the reply names what holds nevertheless."""
+
+    async def reachability(self) -> control_pb2.ReachabilityReply:
+        """Have a peer try to dial this node."""
+
+    def contributions(self) -> control_pb2.ContributionsReply:
+        """Who contributed how much."""
 
     async def leave(self, now: bool) -> None:
         """Begin to stop the daemon, and return; with `now`, without waiting for work in flight."""
@@ -109,6 +124,39 @@ class _Servicer(control_pb2_grpc.ControlServicer):
     ) -> control_pb2.PeersReply:
         return self._source.peers()
 
+    async def Watch(
+        self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext[Message, Message]
+    ) -> AsyncIterator[control_pb2.StatusReply]:
+        since_slot, period_s = request.since_slot, max(WATCH_S_MIN, request.period_s)
+        while True:
+            reply = self._source.status(since_slot)
+            since_slot = max(since_slot, *(record.slot + 1 for record in reply.slots), 0)
+            yield reply
+            await asyncio.sleep(period_s)
+
+    async def Pause(
+        self, request: control_pb2.PauseRequest, context: grpc.aio.ServicerContext[Message, Message]
+    ) -> control_pb2.PauseReply:
+        if not 0 <= request.seconds <= PAUSE_S_MAX:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a pause lasts from 0 to {PAUSE_S_MAX} seconds")
+        self._source.pause(request.seconds, request.finish)
+        return control_pb2.PauseReply()
+
+    async def Resume(
+        self, request: control_pb2.ResumeRequest, context: grpc.aio.ServicerContext[Message, Message]
+    ) -> control_pb2.ResumeReply:
+        return self._source.resume()
+
+    async def Reachability(
+        self, request: control_pb2.ReachabilityRequest, context: grpc.aio.ServicerContext[Message, Message]
+    ) -> control_pb2.ReachabilityReply:
+        return await self._source.reachability()
+
+    async def Contributions(
+        self, request: control_pb2.ContributionsRequest, context: grpc.aio.ServicerContext[Message, Message]
+    ) -> control_pb2.ContributionsReply:
+        return self._source.contributions()
+
     async def Leave(
         self, request: control_pb2.LeaveRequest, context: grpc.aio.ServicerContext[Message, Message]
     ) -> control_pb2.LeaveReply:
@@ -137,6 +185,31 @@ class ControlClient:
         with self._stub() as stub:
             return stub.Peers(control_pb2.PeersRequest(), timeout=self._answer_s_max)
 
+    def watch(self, since_slot: int = 0, period_s: float = 1.0) -> Iterator[control_pb2.StatusReply]:
+        """Status now and every `period_s` seconds, each slot once; ends when the daemon does."""
+        with self._stub() as stub:
+            yield from stub.Watch(control_pb2.WatchRequest(since_slot=since_slot, period_s=period_s))
+
+    def pause(self, seconds: float = 0.0, finish: bool = False) -> None:
+        """Ask the daemon to rest for so long, 0 being until `resume`; with `finish`, after the slot in hand."""
+        with self._stub() as stub:
+            stub.Pause(control_pb2.PauseRequest(seconds=seconds, finish=finish), timeout=self._answer_s_max)
+
+    def resume(self) -> control_pb2.ResumeReply:
+        """End what `pause` began; the reply names what holds nevertheless."""
+        with self._stub() as stub:
+            return stub.Resume(control_pb2.ResumeRequest(), timeout=self._answer_s_max)
+
+    def reachability(self, answer_s_max: float = 30.0) -> control_pb2.ReachabilityReply:
+        """Have a peer try to dial the node."""
+        with self._stub() as stub:
+            return stub.Reachability(control_pb2.ReachabilityRequest(), timeout=answer_s_max)
+
+    def contributions(self) -> control_pb2.ContributionsReply:
+        """Who contributed how much."""
+        with self._stub() as stub:
+            return stub.Contributions(control_pb2.ContributionsRequest(), timeout=self._answer_s_max)
+
     def leave(self, now: bool = False) -> None:
         """Ask the daemon to stop; it does so after this returns."""
         with self._stub() as stub:
@@ -163,6 +236,8 @@ class ControlClient:
             )
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return NotRunning(f"{daemon} did not answer within {self._answer_s_max:g} s: try again later")
+        if code is grpc.StatusCode.INVALID_ARGUMENT:
+            return ConfigError(details)
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return Incompatible(f"{daemon} is of another version: restart it with this one")
         return NodeError(f"{daemon} failed to answer ({details}): see its log")

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62raniac/node/control.proto\x12\x12\x62raniac.control.v1\"#\n\rStatusRequest\x12\x12\n\nsince_slot\x18\x01 \x01(\x04\"\xd7\x07\n\x0bStatusReply\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12\x18\n\x10protocol_version\x18\x06 \x01(\r\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x12\n\npeers_live\x18\x08 \x01(\r\x12\x0c\n\x04tier\x18\n \x01(\r\x12\r\n\x05tiers\x18\x0b \x01(\r\x12\x12\n\nparameters\x18\x0c \x01(\x04\x12\x11\n\tfragments\x18\r \x01(\r\x12\r\n\x05steps\x18\x0e \x01(\x04\x12\x0e\n\x06tokens\x18\x0f \x01(\x04\x12\x14\n\x0ctokens_per_s\x18\x10 \x01(\x01\x12\x17\n\ntrain_loss\x18\x11 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x14 \x01(\x04\x12\x0e\n\x06slot_s\x18\x15 \x01(\x01\x12\x0e\n\x06window\x18\x16 \x01(\x04\x12\x16\n\x0e\x63lock_offset_s\x18\x17 \x01(\x01\x12\x14\n\x0c\x63\x65rtificates\x18\x18 \x01(\x04\x12\x1c\n\x14\x63ontributions_merged\x18\x1e \x01(\x04\x12$\n\x1c\x63ontributions_unacknowledged\x18\x1f \x01(\x04\x12\x41\n\tforfeited\x18  \x03(\x0b\x32..braniac.control.v1.StatusReply.ForfeitedEntry\x12=\n\x07refused\x18! \x03(\x0b\x32,.braniac.control.v1.StatusReply.RefusedEntry\x12\x12\n\nbytes_sent\x18( \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18) \x01(\x04\x12\x1b\n\x13join_bytes_received\x18* \x01(\x04\x12\x19\n\x11join_bytes_needed\x18+ \x01(\x04\x12\x16\n\x0eloop_lag_p50_s\x18, \x01(\x01\x12\x16\n\x0eloop_lag_p99_s\x18- \x01(\x01\x12\x12\n\ngeneration\x18\x32 \x01(\x04\x12\x33\n\x07\x64igests\x18\x33 \x03(\x0b\x32\".braniac.control.v1.FragmentDigest\x12-\n\x05slots\x18\x34 \x03(\x0b\x32\x1e.braniac.control.v1.SlotRecord\x1a\x30\n\x0e\x46orfeitedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\r\n\x0b_train_loss\"N\n\x0e\x46ragmentDigest\x12\x10\n\x08\x66ragment\x18\x01 \x01(\r\x12\x0c\n\x04ring\x18\x02 \x01(\r\x12\x0c\n\x04slot\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"\xb0\x01\n\nSlotRecord\x12\x0c\n\x04slot\x18\x01 \x01(\x04\x12\x10\n\x08\x66ragment\x18\x02 \x01(\r\x12\x0f\n\x07outcome\x18\x03 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x04 \x01(\x0c\x12\x0c\n\x04\x61t_s\x18\x05 \x01(\x01\x12\x14\n\x0c\x63ontributors\x18\x06 \x01(\r\x12\r\n\x05owner\x18\x07 \x01(\t\x12\x12\n\nbytes_sent\x18\x08 \x01(\x04\x12\x15\n\rpayload_bytes\x18\t \x01(\x04\"\x0e\n\x0cPeersRequest\"5\n\nPeersReply\x12\'\n\x05peers\x18\x01 \x03(\x0b\x32\x18.braniac.control.v1.Peer\"\xbb\x01\n\x04Peer\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\r\x12\r\n\x05state\x18\x03 \x01(\t\x12\x14\n\x0clast_heard_s\x18\x04 \x01(\x01\x12\x11\n\taddresses\x18\x05 \x03(\t\x12\x12\n\x05rtt_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0e\x63lock_offset_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06merged\x18\x08 \x01(\x04\x42\x08\n\x06_rtt_sB\x11\n\x0f_clock_offset_s\"\x1b\n\x0cLeaveRequest\x12\x0b\n\x03now\x18\x01 \x01(\x08\"\x0c\n\nLeaveReply2\xed\x01\n\x07\x43ontrol\x12L\n\x06Status\x12!.braniac.control.v1.StatusRequest\x1a\x1f.braniac.control.v1.StatusReply\x12I\n\x05Peers\x12 .braniac.control.v1.PeersRequest\x1a\x1e.braniac.control.v1.PeersReply\x12I\n\x05Leave\x12 .braniac.control.v1.LeaveRequest\x1a\x1e.braniac.control.v1.LeaveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62raniac/node/control.proto\x12\x12\x62raniac.control.v1\"#\n\rStatusRequest\x12\x12\n\nsince_slot\x18\x01 \x01(\x04\"\xef\t\n\x0bStatusReply\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12\x18\n\x10protocol_version\x18\x06 \x01(\r\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x12\n\npeers_live\x18\x08 \x01(\r\x12G\n\rpeers_by_tier\x18\t \x03(\x0b\x32\x30.braniac.control.v1.StatusReply.PeersByTierEntry\x12\x0c\n\x04tier\x18\n \x01(\r\x12\r\n\x05tiers\x18\x0b \x01(\r\x12\x12\n\nparameters\x18\x0c \x01(\x04\x12\x11\n\tfragments\x18\r \x01(\r\x12\r\n\x05steps\x18\x0e \x01(\x04\x12\x0e\n\x06tokens\x18\x0f \x01(\x04\x12\x14\n\x0ctokens_per_s\x18\x10 \x01(\x01\x12\x17\n\ntrain_loss\x18\x11 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x14 \x01(\x04\x12\x0e\n\x06slot_s\x18\x15 \x01(\x01\x12\x0e\n\x06window\x18\x16 \x01(\x04\x12\x16\n\x0e\x63lock_offset_s\x18\x17 \x01(\x01\x12\x14\n\x0c\x63\x65rtificates\x18\x18 \x01(\x04\x12\x1c\n\x14\x63ontributions_merged\x18\x1e \x01(\x04\x12$\n\x1c\x63ontributions_unacknowledged\x18\x1f \x01(\x04\x12\x41\n\tforfeited\x18  \x03(\x0b\x32..braniac.control.v1.StatusReply.ForfeitedEntry\x12=\n\x07refused\x18! \x03(\x0b\x32,.braniac.control.v1.StatusReply.RefusedEntry\x12\x15\n\rtokens_merged\x18\" \x01(\x04\x12\x12\n\nbytes_sent\x18( \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18) \x01(\x04\x12\x1b\n\x13join_bytes_received\x18* \x01(\x04\x12\x19\n\x11join_bytes_needed\x18+ \x01(\x04\x12\x16\n\x0eloop_lag_p50_s\x18, \x01(\x01\x12\x16\n\x0eloop_lag_p99_s\x18- \x01(\x01\x12\x12\n\ngeneration\x18\x32 \x01(\x04\x12\x33\n\x07\x64igests\x18\x33 \x03(\x0b\x32\".braniac.control.v1.FragmentDigest\x12-\n\x05slots\x18\x34 \x03(\x0b\x32\x1e.braniac.control.v1.SlotRecord\x12+\n\x07reasons\x18< \x03(\x0b\x32\x1a.braniac.control.v1.Reason\x12&\n\x04\x63\x61ps\x18= \x01(\x0b\x32\x18.braniac.control.v1.Caps\x12\x14\n\x0creachability\x18> \x01(\t\x12\x17\n\x0fnewest_protocol\x18? \x01(\r\x1a\x32\n\x10PeersByTierEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a\x30\n\x0e\x46orfeitedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\r\n\x0b_train_loss\"[\n\x06Reason\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\x0f\n\x07since_s\x18\x03 \x01(\x01\x12\x14\n\x07until_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_until_s\"\xf5\x01\n\x04\x43\x61ps\x12\x0f\n\x07threads\x18\x01 \x01(\r\x12\x15\n\rduty_fraction\x18\x02 \x01(\x01\x12\x1a\n\x12upload_bytes_per_s\x18\x03 \x01(\x01\x12\x1c\n\x14\x64ownload_bytes_per_s\x18\x04 \x01(\x01\x12\x13\n\x0b\x64\x61ily_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x64\x61ily_bytes_used\x18\x06 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x04\x12\x17\n\x0f\x64isk_bytes_used\x18\x08 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x04\x12\x19\n\x11memory_bytes_used\x18\n \x01(\x04\"N\n\x0e\x46ragmentDigest\x12\x10\n\x08\x66ragment\x18\x01 \x01(\r\x12\x0c\n\x04ring\x18\x02 \x01(\r\x12\x0c\n\x04slot\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"\xe4\x01\n\nSlotRecord\x12\x0c\n\x04slot\x18\x01 \x01(\x04\x12\x10\n\x08\x66ragment\x18\x02 \x01(\r\x12\x0f\n\x07outcome\x18\x03 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x04 \x01(\x0c\x12\x0c\n\x04\x61t_s\x18\x05 \x01(\x01\x12\x14\n\x0c\x63ontributors\x18\x06 \x01(\r\x12\r\n\x05owner\x18\x07 \x01(\t\x12\x12\n\nbytes_sent\x18\x08 \x01(\x04\x12\x15\n\rpayload_bytes\x18\t \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x11\n\x04loss\x18\x0b \x01(\x01H\x00\x88\x01\x01\x42\x07\n\x05_loss\"\x0e\n\x0cPeersRequest\"5\n\nPeersReply\x12\'\n\x05peers\x18\x01 \x03(\x0b\x32\x18.braniac.control.v1.Peer\"\xbb\x01\n\x04Peer\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\r\x12\r\n\x05state\x18\x03 \x01(\t\x12\x14\n\x0clast_heard_s\x18\x04 \x01(\x01\x12\x11\n\taddresses\x18\x05 \x03(\t\x12\x12\n\x05rtt_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0e\x63lock_offset_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06merged\x18\x08 \x01(\x04\x42\x08\n\x06_rtt_sB\x11\n\x0f_clock_offset_s\"4\n\x0cWatchRequest\x12\x12\n\nsince_slot\x18\x01 \x01(\x04\x12\x10\n\x08period_s\x18\x02 \x01(\x01\"/\n\x0cPauseRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x0e\n\x06\x66inish\x18\x02 \x01(\x08\"\x0c\n\nPauseReply\"\x0f\n\rResumeRequest\":\n\x0bResumeReply\x12+\n\x07reasons\x18\x01 \x03(\x0b\x32\x1a.braniac.control.v1.Reason\"\x15\n\x13ReachabilityRequest\"X\n\x11ReachabilityReply\x12\x14\n\x0creachability\x18\x01 \x01(\t\x12\r\n\x05\x61sked\x18\x02 \x01(\t\x12\x0e\n\x06\x64ialed\x18\x03 \x03(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\x16\n\x14\x43ontributionsRequest\"u\n\x12\x43ontributionsReply\x12\x35\n\x0c\x63ontributors\x18\x01 \x03(\x0b\x32\x1f.braniac.control.v1.Contributor\x12\x12\n\nfirst_slot\x18\x02 \x01(\x04\x12\x14\n\x0c\x63\x65rtificates\x18\x03 \x01(\x04\"_\n\x0b\x43ontributor\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\r\x12\x15\n\rcontributions\x18\x03 \x01(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\n\n\x02me\x18\x05 \x01(\x08\"\x1b\n\x0cLeaveRequest\x12\x0b\n\x03now\x18\x01 \x01(\x08\"\x0c\n\nLeaveReply2\x97\x05\n\x07\x43ontrol\x12L\n\x06Status\x12!.braniac.control.v1.StatusRequest\x1a\x1f.braniac.control.v1.StatusReply\x12I\n\x05Peers\x12 .braniac.control.v1.PeersRequest\x1a\x1e.braniac.control.v1.PeersReply\x12L\n\x05Watch\x12 .braniac.control.v1.WatchRequest\x1a\x1f.braniac.control.v1.StatusReply0\x01\x12I\n\x05Pause\x12 .braniac.control.v1.PauseRequest\x1a\x1e.braniac.control.v1.PauseReply\x12L\n\x06Resume\x12!.braniac.control.v1.ResumeRequest\x1a\x1f.braniac.control.v1.ResumeReply\x12^\n\x0cReachability\x12\'.braniac.control.v1.ReachabilityRequest\x1a%.braniac.control.v1.ReachabilityReply\x12\x61\n\rContributions\x12(.braniac.control.v1.ContributionsRequest\x1a&.braniac.control.v1.ContributionsReply\x12I\n\x05Leave\x12 .braniac.control.v1.LeaveRequest\x1a\x1e.braniac.control.v1.LeaveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'braniac.node.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_STATUSREPLY_PEERSBYTIERENTRY']._loaded_options = None
+  _globals['_STATUSREPLY_PEERSBYTIERENTRY']._serialized_options = b'8\001'
   _globals['_STATUSREPLY_FORFEITEDENTRY']._loaded_options = None
   _globals['_STATUSREPLY_FORFEITEDENTRY']._serialized_options = b'8\001'
   _globals['_STATUSREPLY_REFUSEDENTRY']._loaded_options = None
@@ -38,25 +40,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=50
   _globals['_STATUSREQUEST']._serialized_end=85
   _globals['_STATUSREPLY']._serialized_start=88
-  _globals['_STATUSREPLY']._serialized_end=1071
-  _globals['_STATUSREPLY_FORFEITEDENTRY']._serialized_start=960
-  _globals['_STATUSREPLY_FORFEITEDENTRY']._serialized_end=1008
-  _globals['_STATUSREPLY_REFUSEDENTRY']._serialized_start=1010
-  _globals['_STATUSREPLY_REFUSEDENTRY']._serialized_end=1056
-  _globals['_FRAGMENTDIGEST']._serialized_start=1073
-  _globals['_FRAGMENTDIGEST']._serialized_end=1151
-  _globals['_SLOTRECORD']._serialized_start=1154
-  _globals['_SLOTRECORD']._serialized_end=1330
-  _globals['_PEERSREQUEST']._serialized_start=1332
-  _globals['_PEERSREQUEST']._serialized_end=1346
-  _globals['_PEERSREPLY']._serialized_start=1348
-  _globals['_PEERSREPLY']._serialized_end=1401
-  _globals['_PEER']._serialized_start=1404
-  _globals['_PEER']._serialized_end=1591
-  _globals['_LEAVEREQUEST']._serialized_start=1593
-  _globals['_LEAVEREQUEST']._serialized_end=1620
-  _globals['_LEAVEREPLY']._serialized_start=1622
-  _globals['_LEAVEREPLY']._serialized_end=1634
-  _globals['_CONTROL']._serialized_start=1637
-  _globals['_CONTROL']._serialized_end=1874
+  _globals['_STATUSREPLY']._serialized_end=1351
+  _globals['_STATUSREPLY_PEERSBYTIERENTRY']._serialized_start=1188
+  _globals['_STATUSREPLY_PEERSBYTIERENTRY']._serialized_end=1238
+  _globals['_STATUSREPLY_FORFEITEDENTRY']._serialized_start=1240
+  _globals['_STATUSREPLY_FORFEITEDENTRY']._serialized_end=1288
+  _globals['_STATUSREPLY_REFUSEDENTRY']._serialized_start=1290
+  _globals['_STATUSREPLY_REFUSEDENTRY']._serialized_end=1336
+  _globals['_REASON']._serialized_start=1353
+  _globals['_REASON']._serialized_end=1444
+  _globals['_CAPS']._serialized_start=1447
+  _globals['_CAPS']._serialized_end=1692
+  _globals['_FRAGMENTDIGEST']._serialized_start=1694
+  _globals['_FRAGMENTDIGEST']._serialized_end=1772
+  _globals['_SLOTRECORD']._serialized_start=1775
+  _globals['_SLOTRECORD']._serialized_end=2003
+  _globals['_PEERSREQUEST']._serialized_start=2005
+  _globals['_PEERSREQUEST']._serialized_end=2019
+  _globals['_PEERSREPLY']._serialized_start=2021
+  _globals['_PEERSREPLY']._serialized_end=2074
+  _globals['_PEER']._serialized_start=2077
+  _globals['_PEER']._serialized_end=2264
+  _globals['_WATCHREQUEST']._serialized_start=2266
+  _globals['_WATCHREQUEST']._serialized_end=2318
+  _globals['_PAUSEREQUEST']._serialized_start=2320
+  _globals['_PAUSEREQUEST']._serialized_end=2367
+  _globals['_PAUSEREPLY']._serialized_start=2369
+  _globals['_PAUSEREPLY']._serialized_end=2381
+  _globals['_RESUMEREQUEST']._serialized_start=2383
+  _globals['_RESUMEREQUEST']._serialized_end=2398
+  _globals['_RESUMEREPLY']._serialized_start=2400
+  _globals['_RESUMEREPLY']._serialized_end=2458
+  _globals['_REACHABILITYREQUEST']._serialized_start=2460
+  _globals['_REACHABILITYREQUEST']._serialized_end=2481
+  _globals['_REACHABILITYREPLY']._serialized_start=2483
+  _globals['_REACHABILITYREPLY']._serialized_end=2571
+  _globals['_CONTRIBUTIONSREQUEST']._serialized_start=2573
+  _globals['_CONTRIBUTIONSREQUEST']._serialized_end=2595
+  _globals['_CONTRIBUTIONSREPLY']._serialized_start=2597
+  _globals['_CONTRIBUTIONSREPLY']._serialized_end=2714
+  _globals['_CONTRIBUTOR']._serialized_start=2716
+  _globals['_CONTRIBUTOR']._serialized_end=2811
+  _globals['_LEAVEREQUEST']._serialized_start=2813
+  _globals['_LEAVEREQUEST']._serialized_end=2840
+  _globals['_LEAVEREPLY']._serialized_start=2842
+  _globals['_LEAVEREPLY']._serialized_end=2854
+  _globals['_CONTROL']._serialized_start=2857
+  _globals['_CONTROL']._serialized_end=3520
 # @@protoc_insertion_point(module_scope)

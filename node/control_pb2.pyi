@@ -45,6 +45,26 @@ class StatusReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class PeersByTierEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class ForfeitedEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -92,6 +112,7 @@ class StatusReply(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
     PEERS_LIVE_FIELD_NUMBER: _builtins.int
+    PEERS_BY_TIER_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
@@ -109,6 +130,7 @@ class StatusReply(_message.Message):
     CONTRIBUTIONS_UNACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     FORFEITED_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    TOKENS_MERGED_FIELD_NUMBER: _builtins.int
     BYTES_SENT_FIELD_NUMBER: _builtins.int
     BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     JOIN_BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
@@ -118,11 +140,15 @@ class StatusReply(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    CAPS_FIELD_NUMBER: _builtins.int
+    REACHABILITY_FIELD_NUMBER: _builtins.int
+    NEWEST_PROTOCOL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Who"""
     peer_id: _builtins.str
     state: _builtins.str
-    """starting, joining, training, degraded, leaving"""
+    """starting, joining, training, degraded, paused, leaving"""
     state_reason: _builtins.str
     """one sentence, empty if there is nothing to explain"""
     protocol_version: _builtins.int
@@ -155,6 +181,8 @@ class StatusReply(_message.Message):
     contributions_merged: _builtins.int
     """This node's part"""
     contributions_unacknowledged: _builtins.int
+    tokens_merged: _builtins.int
+    """weight of its contributions in certificates, over all its lives"""
     bytes_sent: _builtins.int
     """What it cost"""
     bytes_received: _builtins.int
@@ -166,9 +194,17 @@ class StatusReply(_message.Message):
     """What it holds
     the last one that is durable
     """
+    reachability: _builtins.str
+    """unknown, public, relayed, private"""
+    newest_protocol: _builtins.int
+    """highest protocol version that a peer was heard to speak"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """multiaddrs that others can dial"""
+
+    @_builtins.property
+    def peers_by_tier(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """live ones"""
 
     @_builtins.property
     def forfeited(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -184,6 +220,14 @@ class StatusReply(_message.Message):
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRecord]:
         """oldest first"""
 
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reason]:
+        """Why it rests, and within which bounds it works
+        all that hold, empty unless paused or about to be
+        """
+
+    @_builtins.property
+    def caps(self) -> Global___Caps: ...
     def __init__(
         self,
         *,
@@ -195,6 +239,7 @@ class StatusReply(_message.Message):
         protocol_version: _builtins.int = ...,
         uptime_s: _builtins.float = ...,
         peers_live: _builtins.int = ...,
+        peers_by_tier: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
         tier: _builtins.int = ...,
         tiers: _builtins.int = ...,
         parameters: _builtins.int = ...,
@@ -212,6 +257,7 @@ class StatusReply(_message.Message):
         contributions_unacknowledged: _builtins.int = ...,
         forfeited: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        tokens_merged: _builtins.int = ...,
         bytes_sent: _builtins.int = ...,
         bytes_received: _builtins.int = ...,
         join_bytes_received: _builtins.int = ...,
@@ -221,16 +267,106 @@ class StatusReply(_message.Message):
         generation: _builtins.int = ...,
         digests: _abc.Iterable[Global___FragmentDigest] | None = ...,
         slots: _abc.Iterable[Global___SlotRecord] | None = ...,
+        reasons: _abc.Iterable[Global___Reason] | None = ...,
+        caps: Global___Caps | None = ...,
+        reachability: _builtins.str = ...,
+        newest_protocol: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "train_loss", b"train_loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "caps", b"caps", "train_loss", b"train_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "addresses", b"addresses", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "certificates", b"certificates", "clock_offset_s", b"clock_offset_s", "contributions_merged", b"contributions_merged", "contributions_unacknowledged", b"contributions_unacknowledged", "digests", b"digests", "forfeited", b"forfeited", "fragments", b"fragments", "generation", b"generation", "join_bytes_needed", b"join_bytes_needed", "join_bytes_received", b"join_bytes_received", "loop_lag_p50_s", b"loop_lag_p50_s", "loop_lag_p99_s", b"loop_lag_p99_s", "parameters", b"parameters", "peer_id", b"peer_id", "peers_live", b"peers_live", "protocol_version", b"protocol_version", "refused", b"refused", "run_id", b"run_id", "slot", b"slot", "slot_s", b"slot_s", "slots", b"slots", "state", b"state", "state_reason", b"state_reason", "steps", b"steps", "tier", b"tier", "tiers", b"tiers", "tokens", b"tokens", "tokens_per_s", b"tokens_per_s", "train_loss", b"train_loss", "uptime_s", b"uptime_s", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "addresses", b"addresses", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "caps", b"caps", "certificates", b"certificates", "clock_offset_s", b"clock_offset_s", "contributions_merged", b"contributions_merged", "contributions_unacknowledged", b"contributions_unacknowledged", "digests", b"digests", "forfeited", b"forfeited", "fragments", b"fragments", "generation", b"generation", "join_bytes_needed", b"join_bytes_needed", "join_bytes_received", b"join_bytes_received", "loop_lag_p50_s", b"loop_lag_p50_s", "loop_lag_p99_s", b"loop_lag_p99_s", "newest_protocol", b"newest_protocol", "parameters", b"parameters", "peer_id", b"peer_id", "peers_by_tier", b"peers_by_tier", "peers_live", b"peers_live", "protocol_version", b"protocol_version", "reachability", b"reachability", "reasons", b"reasons", "refused", b"refused", "run_id", b"run_id", "slot", b"slot", "slot_s", b"slot_s", "slots", b"slots", "state", b"state", "state_reason", b"state_reason", "steps", b"steps", "tier", b"tier", "tiers", b"tiers", "tokens", b"tokens", "tokens_merged", b"tokens_merged", "tokens_per_s", b"tokens_per_s", "train_loss", b"train_loss", "uptime_s", b"uptime_s", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__train_loss: _TypeAlias = _typing.Literal["train_loss"]  # noqa: Y015
     _WhichOneofArgType__train_loss: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__train_loss) -> _WhichOneofReturnType__train_loss | None: ...
 
 Global___StatusReply: _TypeAlias = StatusReply  # noqa: Y015
+
+@_typing.final
+class Reason(_message.Message):
+    """One reason to rest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    UNTIL_S_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """manual, on_battery, battery_low, battery_hot, user_active, metered, schedule, disk, quota, ..."""
+    sentence: _builtins.str
+    """for people"""
+    since_s: _builtins.float
+    """ago"""
+    until_s: _builtins.float
+    """from now, if it is known when it ends"""
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        sentence: _builtins.str = ...,
+        since_s: _builtins.float = ...,
+        until_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_until_s", b"_until_s", "until_s", b"until_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_until_s", b"_until_s", "code", b"code", "sentence", b"sentence", "since_s", b"since_s", "until_s", b"until_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__until_s: _TypeAlias = _typing.Literal["until_s"]  # noqa: Y015
+    _WhichOneofArgType__until_s: _TypeAlias = _typing.Literal["_until_s", b"_until_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__until_s) -> _WhichOneofReturnType__until_s | None: ...
+
+Global___Reason: _TypeAlias = Reason  # noqa: Y015
+
+@_typing.final
+class Caps(_message.Message):
+    """Bounds, and how much of them is used; 0 means no bound."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THREADS_FIELD_NUMBER: _builtins.int
+    DUTY_FRACTION_FIELD_NUMBER: _builtins.int
+    UPLOAD_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    DAILY_BYTES_FIELD_NUMBER: _builtins.int
+    DAILY_BYTES_USED_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_USED_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_USED_FIELD_NUMBER: _builtins.int
+    threads: _builtins.int
+    duty_fraction: _builtins.float
+    """share of the time in which training may run"""
+    upload_bytes_per_s: _builtins.float
+    download_bytes_per_s: _builtins.float
+    daily_bytes: _builtins.int
+    daily_bytes_used: _builtins.int
+    """sent and received, since midnight by local time"""
+    disk_bytes: _builtins.int
+    disk_bytes_used: _builtins.int
+    memory_bytes: _builtins.int
+    memory_bytes_used: _builtins.int
+    def __init__(
+        self,
+        *,
+        threads: _builtins.int = ...,
+        duty_fraction: _builtins.float = ...,
+        upload_bytes_per_s: _builtins.float = ...,
+        download_bytes_per_s: _builtins.float = ...,
+        daily_bytes: _builtins.int = ...,
+        daily_bytes_used: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        disk_bytes_used: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        memory_bytes_used: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["daily_bytes", b"daily_bytes", "daily_bytes_used", b"daily_bytes_used", "disk_bytes", b"disk_bytes", "disk_bytes_used", b"disk_bytes_used", "download_bytes_per_s", b"download_bytes_per_s", "duty_fraction", b"duty_fraction", "memory_bytes", b"memory_bytes", "memory_bytes_used", b"memory_bytes_used", "threads", b"threads", "upload_bytes_per_s", b"upload_bytes_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Caps: _TypeAlias = Caps  # noqa: Y015
 
 @_typing.final
 class FragmentDigest(_message.Message):
@@ -279,6 +415,8 @@ class SlotRecord(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     BYTES_SENT_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     fragment: _builtins.int
     outcome: _builtins.str
@@ -295,6 +433,10 @@ class SlotRecord(_message.Message):
     """by this node during this slot, without the downloads of joiners"""
     payload_bytes: _builtins.int
     """of this node's own contribution"""
+    bytes_received: _builtins.int
+    """by this node during this slot, without its own downloads of anchors"""
+    loss: _builtins.float
+    """this node's training loss at that moment"""
     def __init__(
         self,
         *,
@@ -307,12 +449,16 @@ class SlotRecord(_message.Message):
         owner: _builtins.str = ...,
         bytes_sent: _builtins.int = ...,
         payload_bytes: _builtins.int = ...,
+        bytes_received: _builtins.int = ...,
+        loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "bytes_sent", b"bytes_sent", "certificate", b"certificate", "contributors", b"contributors", "fragment", b"fragment", "outcome", b"outcome", "owner", b"owner", "payload_bytes", b"payload_bytes", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "at_s", b"at_s", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "certificate", b"certificate", "contributors", b"contributors", "fragment", b"fragment", "loss", b"loss", "outcome", b"outcome", "owner", b"owner", "payload_bytes", b"payload_bytes", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___SlotRecord: _TypeAlias = SlotRecord  # noqa: Y015
 
@@ -402,6 +548,232 @@ class Peer(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rtt_s) -> _WhichOneofReturnType__rtt_s | None: ...
 
 Global___Peer: _TypeAlias = Peer  # noqa: Y015
+
+@_typing.final
+class WatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_SLOT_FIELD_NUMBER: _builtins.int
+    PERIOD_S_FIELD_NUMBER: _builtins.int
+    since_slot: _builtins.int
+    period_s: _builtins.float
+    """between two replies, at least 0.1"""
+    def __init__(
+        self,
+        *,
+        since_slot: _builtins.int = ...,
+        period_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["period_s", b"period_s", "since_slot", b"since_slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class PauseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    FINISH_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    """0: until Resume"""
+    finish: _builtins.bool
+    """only after the slot in hand has its certificate, or never will"""
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+        finish: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseRequest: _TypeAlias = PauseRequest  # noqa: Y015
+
+@_typing.final
+class PauseReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseReply: _TypeAlias = PauseReply  # noqa: Y015
+
+@_typing.final
+class ResumeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
+
+@_typing.final
+class ResumeReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reason]:
+        """why it rests nevertheless"""
+
+    def __init__(
+        self,
+        *,
+        reasons: _abc.Iterable[Global___Reason] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reasons", b"reasons"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeReply: _TypeAlias = ResumeReply  # noqa: Y015
+
+@_typing.final
+class ReachabilityRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReachabilityRequest: _TypeAlias = ReachabilityRequest  # noqa: Y015
+
+@_typing.final
+class ReachabilityReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REACHABILITY_FIELD_NUMBER: _builtins.int
+    ASKED_FIELD_NUMBER: _builtins.int
+    DIALED_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    reachability: _builtins.str
+    """unknown, public, relayed, private"""
+    asked: _builtins.str
+    """peer id of who tried to dial this node; empty if nobody could be asked"""
+    detail: _builtins.str
+    """one sentence"""
+    @_builtins.property
+    def dialed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """addresses that answered"""
+
+    def __init__(
+        self,
+        *,
+        reachability: _builtins.str = ...,
+        asked: _builtins.str = ...,
+        dialed: _abc.Iterable[_builtins.str] | None = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "detail", b"detail", "dialed", b"dialed", "reachability", b"reachability"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReachabilityReply: _TypeAlias = ReachabilityReply  # noqa: Y015
+
+@_typing.final
+class ContributionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContributionsRequest: _TypeAlias = ContributionsRequest  # noqa: Y015
+
+@_typing.final
+class ContributionsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTRIBUTORS_FIELD_NUMBER: _builtins.int
+    FIRST_SLOT_FIELD_NUMBER: _builtins.int
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    first_slot: _builtins.int
+    """certificates from here on are counted"""
+    certificates: _builtins.int
+    @_builtins.property
+    def contributors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Contributor]:
+        """those with most merged tokens first"""
+
+    def __init__(
+        self,
+        *,
+        contributors: _abc.Iterable[Global___Contributor] | None = ...,
+        first_slot: _builtins.int = ...,
+        certificates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates", "contributors", b"contributors", "first_slot", b"first_slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContributionsReply: _TypeAlias = ContributionsReply  # noqa: Y015
+
+@_typing.final
+class Contributor(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    ME_FIELD_NUMBER: _builtins.int
+    peer_id: _builtins.str
+    tier: _builtins.int
+    """as last heard"""
+    contributions: _builtins.int
+    """merged"""
+    tokens: _builtins.int
+    """their weights"""
+    me: _builtins.bool
+    def __init__(
+        self,
+        *,
+        peer_id: _builtins.str = ...,
+        tier: _builtins.int = ...,
+        contributions: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        me: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "me", b"me", "peer_id", b"peer_id", "tier", b"tier", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Contributor: _TypeAlias = Contributor  # noqa: Y015
 
 @_typing.final
 class LeaveRequest(_message.Message):

@@ -44,6 +44,31 @@ class ControlStub:
                 request_serializer=braniac_dot_node_dot_control__pb2.PeersRequest.SerializeToString,
                 response_deserializer=braniac_dot_node_dot_control__pb2.PeersReply.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/braniac.control.v1.Control/Watch',
+                request_serializer=braniac_dot_node_dot_control__pb2.WatchRequest.SerializeToString,
+                response_deserializer=braniac_dot_node_dot_control__pb2.StatusReply.FromString,
+                _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/braniac.control.v1.Control/Pause',
+                request_serializer=braniac_dot_node_dot_control__pb2.PauseRequest.SerializeToString,
+                response_deserializer=braniac_dot_node_dot_control__pb2.PauseReply.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/braniac.control.v1.Control/Resume',
+                request_serializer=braniac_dot_node_dot_control__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=braniac_dot_node_dot_control__pb2.ResumeReply.FromString,
+                _registered_method=True)
+        self.Reachability = channel.unary_unary(
+                '/braniac.control.v1.Control/Reachability',
+                request_serializer=braniac_dot_node_dot_control__pb2.ReachabilityRequest.SerializeToString,
+                response_deserializer=braniac_dot_node_dot_control__pb2.ReachabilityReply.FromString,
+                _registered_method=True)
+        self.Contributions = channel.unary_unary(
+                '/braniac.control.v1.Control/Contributions',
+                request_serializer=braniac_dot_node_dot_control__pb2.ContributionsRequest.SerializeToString,
+                response_deserializer=braniac_dot_node_dot_control__pb2.ContributionsReply.FromString,
+                _registered_method=True)
         self.Leave = channel.unary_unary(
                 '/braniac.control.v1.Control/Leave',
                 request_serializer=braniac_dot_node_dot_control__pb2.LeaveRequest.SerializeToString,
@@ -68,6 +93,41 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """The same as Status, now and then again and again; each reply after the first has only the slots that are new.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pause(self, request, context):
+        """Rest: no training, no traffic. Answers once the request is accepted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Go on after Pause. What the policy says stays in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reachability(self, request, context):
+        """Ask a peer to dial this node, and say what came of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Contributions(self, request, context):
+        """Who contributed how much, as far as certificates that this node has seen say.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Leave(self, request, context):
         """Stop the daemon. Answers once the request is accepted, before the daemon is gone.
         """
@@ -87,6 +147,31 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Peers,
                     request_deserializer=braniac_dot_node_dot_control__pb2.PeersRequest.FromString,
                     response_serializer=braniac_dot_node_dot_control__pb2.PeersReply.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=braniac_dot_node_dot_control__pb2.WatchRequest.FromString,
+                    response_serializer=braniac_dot_node_dot_control__pb2.StatusReply.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=braniac_dot_node_dot_control__pb2.PauseRequest.FromString,
+                    response_serializer=braniac_dot_node_dot_control__pb2.PauseReply.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=braniac_dot_node_dot_control__pb2.ResumeRequest.FromString,
+                    response_serializer=braniac_dot_node_dot_control__pb2.ResumeReply.SerializeToString,
+            ),
+            'Reachability': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reachability,
+                    request_deserializer=braniac_dot_node_dot_control__pb2.ReachabilityRequest.FromString,
+                    response_serializer=braniac_dot_node_dot_control__pb2.ReachabilityReply.SerializeToString,
+            ),
+            'Contributions': grpc.unary_unary_rpc_method_handler(
+                    servicer.Contributions,
+                    request_deserializer=braniac_dot_node_dot_control__pb2.ContributionsRequest.FromString,
+                    response_serializer=braniac_dot_node_dot_control__pb2.ContributionsReply.SerializeToString,
             ),
             'Leave': grpc.unary_unary_rpc_method_handler(
                     servicer.Leave,
@@ -148,6 +233,141 @@ class Control:
             '/braniac.control.v1.Control/Peers',
             braniac_dot_node_dot_control__pb2.PeersRequest.SerializeToString,
             braniac_dot_node_dot_control__pb2.PeersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/braniac.control.v1.Control/Watch',
+            braniac_dot_node_dot_control__pb2.WatchRequest.SerializeToString,
+            braniac_dot_node_dot_control__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/braniac.control.v1.Control/Pause',
+            braniac_dot_node_dot_control__pb2.PauseRequest.SerializeToString,
+            braniac_dot_node_dot_control__pb2.PauseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/braniac.control.v1.Control/Resume',
+            braniac_dot_node_dot_control__pb2.ResumeRequest.SerializeToString,
+            braniac_dot_node_dot_control__pb2.ResumeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reachability(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/braniac.control.v1.Control/Reachability',
+            braniac_dot_node_dot_control__pb2.ReachabilityRequest.SerializeToString,
+            braniac_dot_node_dot_control__pb2.ReachabilityReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Contributions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/braniac.control.v1.Control/Contributions',
+            braniac_dot_node_dot_control__pb2.ContributionsRequest.SerializeToString,
+            braniac_dot_node_dot_control__pb2.ContributionsReply.FromString,
             options,
             channel_credentials,
             insecure,

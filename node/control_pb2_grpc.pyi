@@ -37,6 +37,16 @@ class ControlStub:
     """How this node is doing, and what happened in the slots from `since_slot` on."""
     Peers: _grpc.UnaryUnaryMultiCallable[_control_pb2.PeersRequest, _control_pb2.PeersReply]
     """Whom this node knows."""
+    Watch: _grpc.UnaryStreamMultiCallable[_control_pb2.WatchRequest, _control_pb2.StatusReply]
+    """The same as Status, now and then again and again; each reply after the first has only the slots that are new."""
+    Pause: _grpc.UnaryUnaryMultiCallable[_control_pb2.PauseRequest, _control_pb2.PauseReply]
+    """Rest: no training, no traffic. Answers once the request is accepted."""
+    Resume: _grpc.UnaryUnaryMultiCallable[_control_pb2.ResumeRequest, _control_pb2.ResumeReply]
+    """Go on after Pause. What the policy says stays in force."""
+    Reachability: _grpc.UnaryUnaryMultiCallable[_control_pb2.ReachabilityRequest, _control_pb2.ReachabilityReply]
+    """Ask a peer to dial this node, and say what came of it."""
+    Contributions: _grpc.UnaryUnaryMultiCallable[_control_pb2.ContributionsRequest, _control_pb2.ContributionsReply]
+    """Who contributed how much, as far as certificates that this node has seen say."""
     Leave: _grpc.UnaryUnaryMultiCallable[_control_pb2.LeaveRequest, _control_pb2.LeaveReply]
     """Stop the daemon. Answers once the request is accepted, before the daemon is gone."""
 
@@ -47,6 +57,16 @@ class ControlAsyncStub(ControlStub):
     """How this node is doing, and what happened in the slots from `since_slot` on."""
     Peers: _aio.UnaryUnaryMultiCallable[_control_pb2.PeersRequest, _control_pb2.PeersReply]  # type: ignore[assignment]
     """Whom this node knows."""
+    Watch: _aio.UnaryStreamMultiCallable[_control_pb2.WatchRequest, _control_pb2.StatusReply]  # type: ignore[assignment]
+    """The same as Status, now and then again and again; each reply after the first has only the slots that are new."""
+    Pause: _aio.UnaryUnaryMultiCallable[_control_pb2.PauseRequest, _control_pb2.PauseReply]  # type: ignore[assignment]
+    """Rest: no training, no traffic. Answers once the request is accepted."""
+    Resume: _aio.UnaryUnaryMultiCallable[_control_pb2.ResumeRequest, _control_pb2.ResumeReply]  # type: ignore[assignment]
+    """Go on after Pause. What the policy says stays in force."""
+    Reachability: _aio.UnaryUnaryMultiCallable[_control_pb2.ReachabilityRequest, _control_pb2.ReachabilityReply]  # type: ignore[assignment]
+    """Ask a peer to dial this node, and say what came of it."""
+    Contributions: _aio.UnaryUnaryMultiCallable[_control_pb2.ContributionsRequest, _control_pb2.ContributionsReply]  # type: ignore[assignment]
+    """Who contributed how much, as far as certificates that this node has seen say."""
     Leave: _aio.UnaryUnaryMultiCallable[_control_pb2.LeaveRequest, _control_pb2.LeaveReply]  # type: ignore[assignment]
     """Stop the daemon. Answers once the request is accepted, before the daemon is gone."""
 
@@ -66,6 +86,46 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.PeersReply, _abc.Awaitable[_control_pb2.PeersReply]]:
         """Whom this node knows."""
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request: _control_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.StatusReply], _abc.AsyncIterator[_control_pb2.StatusReply]]:
+        """The same as Status, now and then again and again; each reply after the first has only the slots that are new."""
+
+    @_abc_1.abstractmethod
+    def Pause(
+        self,
+        request: _control_pb2.PauseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.PauseReply, _abc.Awaitable[_control_pb2.PauseReply]]:
+        """Rest: no training, no traffic. Answers once the request is accepted."""
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _control_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ResumeReply, _abc.Awaitable[_control_pb2.ResumeReply]]:
+        """Go on after Pause. What the policy says stays in force."""
+
+    @_abc_1.abstractmethod
+    def Reachability(
+        self,
+        request: _control_pb2.ReachabilityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ReachabilityReply, _abc.Awaitable[_control_pb2.ReachabilityReply]]:
+        """Ask a peer to dial this node, and say what came of it."""
+
+    @_abc_1.abstractmethod
+    def Contributions(
+        self,
+        request: _control_pb2.ContributionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ContributionsReply, _abc.Awaitable[_control_pb2.ContributionsReply]]:
+        """Who contributed how much, as far as certificates that this node has seen say."""
 
     @_abc_1.abstractmethod
     def Leave(

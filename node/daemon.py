@@ -54,8 +54,13 @@ class Daemon:
         self._tasks = tasks
         self._wake = asyncio.Event()
         self._leaving = asyncio.Event()
-        self._at_rest = asyncio.Event()
+        self._idle = asyncio.Event()
         """Set while no slot that this node owns waits for its certificate."""
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._resting = False
+        self._catching_up = False
+        """Back from a rest, and not yet where the others are."""
         self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState] = asyncio.Queue()
         self._fetching: set[bytes] = set()
         self._in_flight: Counter[PeerId] = Counter()
@@ -83,8 +88,9 @@ class Daemon:
 
     def _begin_training(self) -> None:
         """All anchors are here: train, offer, sit in committees."""
-        if self._leaving.is_set():
+        if self._leaving.is_set() or self._resting:
             return
+        self._catching_up = False
         if self._bar is not None:
             self._bar.stop()
         self.node.metrics.set_state("training")
@@ -98,11 +104,15 @@ class Daemon:
         self._leaving.set()
         self.node.metrics.set_state("leaving")
         self._replica.trainer.pause()
+        await self._wind_down()
+
+    async def _wind_down(self) -> None:
+        """Take no more seats, let the slots in hand end, save."""
         self._engine.retire()
         self._wake.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(3 * self._engine.manifest.slot_s):
-                await self._at_rest.wait()
+                await self._idle.wait()
         await self._ordered.join()
         with contextlib.suppress(DiskFull):
             await self.commit()
@@ -115,18 +125,56 @@ class Daemon:
                 farewell.create_task(self.node.exchange.send(self.node.network.transport, peer, data))
         log.info("left", generation=self._replica.generation)
 
+    # --- resting -----------------------------------------------------------------------------------------------------
+
+    async def rest(self, *, finish: bool) -> None:
+        """Stop training, now or when the slot in hand is over, and then all traffic; the others count on nothing here.
+
+        What was trained stays in the weights and is offered after `wake`.
+        """
+        log.info("resting: finishing the slot in hand" if finish else "resting")
+        self._resting = True
+        if not finish:
+            self._replica.trainer.pause()
+        self.node.metrics.set_state("paused")
+        await self._wind_down()
+        self._replica.trainer.pause()
+        if self._leaving.is_set():
+            return
+        self._awake.clear()
+        self._wake.set()
+        self.node.exchange.engine = None
+        self.node.network.rest()
+        await self.say_goodbye()
+
+    async def wake(self) -> None:
+        """Go on after `rest`: first listen, then train and take part."""
+        log.info("going on")
+        self._resting, self._catching_up = False, True
+        self.node.exchange.engine = self._engine
+        self.node.network.wake()
+        self.node.metrics.set_state("joining")
+        self._engine.rejoin(self.node.swarm_clock.now())
+        for peer in self.node.network.known_peers():
+            self._engine.introduce(peer)
+        self._awake.set()
+        self._wake.set()
+
     # --- the engine's time, messages and events ----------------------------------------------------------------------
 
     async def drive(self) -> None:
         """Give the engine the time, send what it says, do what it asks for."""
         engine, clock = self._engine, self.node.swarm_clock
         while True:
+            await self._awake.wait()
             engine.handle_timer(clock.now())
             self._flush()
+            if self._catching_up and engine.caught_up:
+                self._begin_training()
             if engine.busy:
-                self._at_rest.clear()
+                self._idle.clear()
             else:
-                self._at_rest.set()
+                self._idle.set()
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, engine.get_timer() - clock.now())):
@@ -261,7 +309,7 @@ class Daemon:
 
     async def _restore(self, state: FragmentState) -> None:
         """A fragment was downloaded: take it over."""
-        again = self._engine.ready
+        again = self._engine.ready or self._catching_up
         try:
             await self._replica.restore(state)
         except WireError as error:  # asked for again after a window, in the state that the others hold then

@@ -87,7 +87,7 @@ class Exchange:
     def _receive(self, envelope: bytes) -> None:
         try:
             if self.engine is None:
-                raise WireError(Refusal.NOT_READY, "this peer has not joined a run yet")
+                raise WireError(Refusal.NOT_READY, "this peer rests, or has not joined a run yet")
             self.engine.receive(envelope, self.swarm_clock.now())
         except WireError as error:
             self._metrics.refuse_message(error.refusal)
@@ -101,6 +101,8 @@ class Exchange:
     async def _read_chunk(self, request: pb.ChunkRequest, reply: pb.Reply) -> None:
         if len(request.digest) != 32 or request.length > limits.CHUNK_BYTES_MAX:
             raise WireError(Refusal.MALFORMED, "a chunk request out of bounds")
+        if self.engine is None:
+            raise WireError(Refusal.NOT_READY, "this peer rests, or has not joined a run yet")
         size = self._store.size(request.digest)
         if size is None or request.offset > size:
             raise WireError(Refusal.NOT_READY, "no such blob here")

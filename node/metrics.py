@@ -26,7 +26,7 @@ from prometheus_client import (
 from braniac.node.clock import Clock
 from braniac.protocol.errors import Refusal
 
-STATES = ("starting", "joining", "training", "degraded", "leaving")
+STATES = ("starting", "joining", "training", "degraded", "paused", "leaving")
 READY_STATES = ("training", "degraded")  # a founder trains alone until others come
 SLOT_OUTCOMES = ("merged", "missed", "no_certificate", "not_held")
 CONTRIBUTION_OUTCOMES = ("merged", "unacknowledged", "refused")

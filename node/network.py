@@ -69,6 +69,8 @@ class Network:
         self._directory: Directory | None = None
         self._run_id: bytes | None = None
         self._known: dict[PeerId, tuple[str, ...]] = {}
+        self._awake = asyncio.Event()
+        self._awake.set()
         self._add_bootstrap(text for text in settings.peers if not address_file.is_reference(text))
 
     @property
@@ -128,6 +130,14 @@ class Network:
         place.mkdir(mode=0o700, exist_ok=True)
         return place
 
+    def rest(self) -> None:
+        """Look for nobody until `wake`; who calls is still answered."""
+        self._awake.clear()
+
+    def wake(self) -> None:
+        """Look for peers again."""
+        self._awake.set()
+
     async def close(self) -> None:
         """Stop answering."""
         if self._transport is not None:
@@ -180,6 +190,7 @@ class Network:
     async def _knock(self, address: str, on_peer: Callable[[PeerId], None]) -> None:
         delays = _delays()
         while True:
+            await self._awake.wait()
             try:
                 peer = await self.connect(address)
             except Unreachable:
@@ -220,6 +231,7 @@ class Network:
         Raises IdentityFileError if another node does so with the same key.
         """
         while True:
+            await self._awake.wait()
             try:
                 await self._look_around(tier, on_peer)
             except IdentityFileError:

@@ -21,10 +21,13 @@ from braniac.node.config import NodeConfig
 from braniac.node.control import ControlServer
 from braniac.node.daemon import Daemon
 from braniac.node.exchange import Exchange
+from braniac.node.governor import Governor
 from braniac.node.logs import route_hivemind
 from braniac.node.metrics import EventLoopLag, Metrics
 from braniac.node.metrics_server import MetricsServer
 from braniac.node.network import Network, TransportFactory
+from braniac.node.policy import Policy
+from braniac.node.sensors import Sensors
 from braniac.node.startup import Equipment, equip, join_run
 from braniac.node.status import Status
 from braniac.node.store import Store
@@ -58,7 +61,8 @@ class Service:
         exchange = Exchange(store, metrics, clock, swarm_clock, config.network.call_timeout_s)
         self.node = Equipment(config, clock, swarm_clock, metrics, store, identity, network, exchange)
         self.lag = EventLoopLag(metrics.event_loop_lag, clock)
-        self.status = Status(self.node, self.lag, self.leave)
+        self.governor = Governor(Policy(), Sensors(), clock, config.policy.sample_s)
+        self.status = Status(self.node, self.lag, self.governor, self.leave)
         self.daemon: Daemon | None = None
         """Its part in a run, once there is one."""
         self._main: asyncio.Task[None] | None = None
@@ -113,6 +117,7 @@ class Service:
                         replica.trainer.wait_failed(),
                         daemon.drive(),
                         daemon.work(),
+                        self.governor.run(daemon),
                         self._leave_when_told(daemon),
                     ):
                         tasks.create_task(part)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from braniac.node import control_pb2 as pb
+from braniac.node.governor import MANUAL, Governor
 from braniac.node.metrics import EventLoopLag
 from braniac.node.startup import Equipment
 from braniac.protocol import events, limits
@@ -29,11 +30,12 @@ _RECORDS_MAX = 4096
 class Status:
     """Watches a daemon. Before it takes part in a run there is little to say."""
 
-    def __init__(self, node: Equipment, lag: EventLoopLag, leave: Callable[..., None]) -> None:
+    def __init__(self, node: Equipment, lag: EventLoopLag, governor: Governor, leave: Callable[..., None]) -> None:
         self.engine: Engine | None = None
         self.bar: DownloadBar | None = None
         self._node = node
         self._lag = lag
+        self._governor = governor
         self._leave = leave
         self._replica: Replica | None = None
         self._began_s = node.clock.monotonic()
@@ -117,6 +119,7 @@ class Status:
             outcome=outcome,
             at_s=self._node.swarm_clock.now(),
             payload_bytes=self._payload_bytes.get(event.slot, 0),
+            loss=self._replica.trainer.progress.loss,
         )
         if event.certificate is not None:
             verdict = event.certificate.verdict
@@ -182,6 +185,8 @@ class Status:
             loop_lag_p50_s=self._lag.quantile(0.5),
             loop_lag_p99_s=self._lag.quantile(0.99),
             slots=[record for record in self._records if record.slot >= since_slot],
+            reasons=self._governor.messages(),
+            reachability="unknown",
         )
         if self.engine is not None and self._replica is not None:
             self._add_run(reply, self.engine, self._replica)
@@ -192,6 +197,8 @@ class Status:
         reply.run_id = manifest.run_id.hex()
         reply.addresses.extend(engine.addresses)
         reply.peers_live = self._live()
+        for member in engine.roster.live(engine.slot):
+            reply.peers_by_tier[member.tier] += 1
         reply.tier, reply.tiers = engine.tier, manifest.tiers
         reply.parameters, reply.fragments = manifest.parameters(engine.tier), manifest.window
         reply.steps, reply.tokens, reply.tokens_per_s = progress.steps, progress.tokens, progress.tokens_per_s
@@ -228,6 +235,23 @@ class Status:
         for peer in engine.roster.banned:
             reply.peers.add(peer_id=peer_id_text(peer), state="banned")
         return reply
+
+    def pause(self, seconds: float, finish: bool) -> None:
+        """See ControlSource."""
+        self._governor.pause(seconds, finish)
+
+    def resume(self) -> pb.ResumeReply:
+        """See ControlSource."""
+        self._governor.resume()
+        return pb.ResumeReply(reasons=[reason for reason in self._governor.messages() if reason.code != MANUAL])
+
+    async def reachability(self) -> pb.ReachabilityReply:
+        """See ControlSource."""
+        return pb.ReachabilityReply(reachability="unknown", detail="nobody was asked")
+
+    def contributions(self) -> pb.ContributionsReply:
+        """See ControlSource."""
+        return pb.ContributionsReply()
 
     async def leave(self, now: bool) -> None:
         """See ControlSource."""

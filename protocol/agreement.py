@@ -50,6 +50,17 @@ class Agreement:
         """A download failed: the next review may choose anew."""
         self._asked.pop(fragment, None)
 
+    def listen_anew(self) -> None:
+        """After a rest: what one peer says first is not what all say."""
+        self._first_heard = None
+
+    def overtaken(self, voices: list[Member], edge: int) -> bool:
+        """Whether an anchor of ours is too old to be repaired by certificates, and others have a newer one."""
+        return any(
+            mine.slot <= edge and any(m.anchors[f].slot > mine.slot for m in voices if f in m.anchors)
+            for f, mine in self.mine.items()
+        )
+
     def review(self, members: list[Member], now_slot: int, history: History) -> Iterator[FragmentLost | FragmentUnheld]:
         """After a heartbeat: fragments to be downloaded or begun anew, each asked for at most once a window."""
         voices = [member for member in members if member.ready_slot >= 0]

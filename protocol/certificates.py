@@ -43,17 +43,21 @@ class Certificates:
         self._asked: dict[bytes, int] = {}
         self._settled: set[int] = set()
 
-    def missing(self, member: Member, now_slot: int) -> tuple[CertificateName, ...]:
-        """Anti-entropy: what to ask a peer for, because it lists it and we lack it; each at most once a slot."""
+    def lacking(self, member: Member, now_slot: int) -> list[CertificateName]:
+        """What a peer lists and this one lacks, oldest first."""
         horizon = now_slot - self._history.horizon
-        missing = [
+        return [
             name
             for name in sorted(member.recent, key=lambda n: n.slot)
             if name.slot > horizon
             and not self._history.covered(name)
-            and self._asked.get(name.digest) != now_slot
             and not (self._history.entry(name.slot) and self._history.final(name.slot, now_slot))
-        ][: limits.REQUEST_NAMES_MAX]
+        ]
+
+    def missing(self, member: Member, now_slot: int) -> tuple[CertificateName, ...]:
+        """Anti-entropy: what to ask a peer for; each name at most once a slot."""
+        news = [name for name in self.lacking(member, now_slot) if self._asked.get(name.digest) != now_slot]
+        missing = news[: limits.REQUEST_NAMES_MAX]
         self._asked.update((name.digest, now_slot) for name in missing)
         return tuple(missing)
 

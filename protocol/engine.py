@@ -53,7 +53,7 @@ class Engine:
         self.refused: Counter[Refusal] = Counter()
         self.refused_payloads: Counter[Refusal] = Counter()
         self._outbox = Outbox(identity, manifest.run_id, incarnation, self.roster)
-        self._slot = self._start_slot = manifest.slot_at(now)
+        self._slot = self._start_slot = self._rejoined_slot = manifest.slot_at(now)
         self._agreement = Agreement(manifest, self.me, manifest.held(tier))
         self._introduced: dict[PeerId, int] = {}
         self._repeat_at = now
@@ -188,6 +188,28 @@ class Engine:
     def goodbye(self) -> None:
         """Tell everybody that this peer leaves."""
         self._broadcast(messages.Goodbye(max(0, self._slot)))
+
+    def rejoin(self, now: float) -> None:
+        """After a rest that began with `retire` and `goodbye`: hear what has happened, until `caught_up`."""
+        self._outbox.drain()  # what was said of the past
+        self.handle_timer(now)
+        self._rejoined_slot = self._slot
+        self._agreement.listen_anew()
+        for member in self.roster:
+            if not member.gone:
+                self._introduced.setdefault(member.peer, self._slot)
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether this peer has applied all that live peers have, or has listened in vain; then it may `set_ready`."""
+        if self._slot <= self._rejoined_slot or len(self._agreement.mine) < len(self.manifest.held(self.tier)):
+            return False
+        voices = [member for member in self.roster.live(self._slot) if member.ready_slot >= 0]
+        if not voices:
+            return self._slot > self._rejoined_slot + limits.ROSTER_LIVE_SLOTS
+        if self._agreement.overtaken(voices, self._slot - self.history.horizon) or self.history.missing_updates():
+            return False
+        return not any(self._certificates.lacking(member, self._slot) for member in voices)
 
     def state(self, offered: tuple[int, bytes] | None = None) -> dict[str, Any]:
         """What a generation must keep, with an offer that is about to be made."""

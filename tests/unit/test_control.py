@@ -27,6 +27,7 @@ class Source:
 
     def __init__(self) -> None:
         self.left: list[bool] = []
+        self.paused: list[tuple[float, bool]] = []
 
     def status(self, since_slot: int) -> control_pb2.StatusReply:
         slots = [control_pb2.SlotRecord(slot=slot, outcome="merged") for slot in range(since_slot, 3)]
@@ -34,6 +35,18 @@ class Source:
 
     def peers(self) -> control_pb2.PeersReply:
         return control_pb2.PeersReply(peers=[control_pb2.Peer(peer_id="12D3KooW", rtt_s=0.25)])
+
+    def pause(self, seconds: float, finish: bool) -> None:
+        self.paused.append((seconds, finish))
+
+    def resume(self) -> control_pb2.ResumeReply:
+        return control_pb2.ResumeReply(reasons=[control_pb2.Reason(code="battery_low")])
+
+    async def reachability(self) -> control_pb2.ReachabilityReply:
+        return control_pb2.ReachabilityReply(reachability="public", asked="12D3KooW")
+
+    def contributions(self) -> control_pb2.ContributionsReply:
+        return control_pb2.ContributionsReply(certificates=7)
 
     async def leave(self, now: bool) -> None:
         self.left.append(now)
@@ -55,6 +68,11 @@ async def use(path: Path) -> None:
         assert not status.HasField("train_loss")
         peers = await asyncio.to_thread(client.peers)
         assert [(peer.peer_id, peer.rtt_s) for peer in peers.peers] == [("12D3KooW", 0.25)]
+        await asyncio.to_thread(client.pause, 60.0, True)
+        assert source.paused == [(60.0, True)]
+        assert [reason.code for reason in (await asyncio.to_thread(client.resume)).reasons] == ["battery_low"]
+        assert (await asyncio.to_thread(client.reachability)).reachability == "public"
+        assert (await asyncio.to_thread(client.contributions)).certificates == 7
         await asyncio.to_thread(client.leave, True)
         await asyncio.to_thread(client.leave)
         assert source.left == [True, False]

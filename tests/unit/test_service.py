@@ -217,7 +217,7 @@ async def test_leave_before_a_run_is_found(swarm: Swarm) -> None:
 
 async def test_leave_twice_is_now(swarm: Swarm) -> None:
     founder = await swarm.found()
-    founder.daemon._at_rest.clear()
+    founder.daemon._idle.clear()
     founder.daemon._engine.retire()
     generation = founder.daemon._replica.generation
     founder.leave()

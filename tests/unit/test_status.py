@@ -14,9 +14,12 @@ from braniac.node.clock import FakeClock, SwarmClock
 from braniac.node.commands import json_text, message_dict, peers_text, status_text
 from braniac.node.config import NetworkSection, NodeConfig, StateSection
 from braniac.node.exchange import Exchange
+from braniac.node.governor import Governor
 from braniac.node.joiner import DownloadBar
 from braniac.node.metrics import EventLoopLag, Metrics
 from braniac.node.network import Network
+from braniac.node.policy import Policy
+from braniac.node.sensors import Sensors
 from braniac.node.startup import Equipment
 from braniac.node.status import Status
 from braniac.protocol import events
@@ -41,7 +44,8 @@ class Watched:
         self.equipment = Equipment(config, clock, swarm_clock, metrics, self.node.store, ME, network, exchange)
         self.left: list[bool] = []
         lag = EventLoopLag(metrics.event_loop_lag, clock)
-        self.status = Status(self.equipment, lag, lambda *, now: self.left.append(now))
+        self.governor = Governor(Policy(), Sensors(), self.equipment.clock, sample_s=5.0)
+        self.status = Status(self.equipment, lag, self.governor, lambda *, now: self.left.append(now))
 
     async def slot(self) -> None:
         for event in await self.node.slot():
