@@ -29,7 +29,7 @@ from braniac.model.checkpoint_files import scratch_beside, sync_directory
 from braniac.model.config import ModelConfig
 from braniac.model.errors import CheckpointError, ConfigError
 from braniac.model.gpt import GPT
-from braniac.model.hf import check_held, on_disk
+from braniac.model.hf import on_disk
 from braniac.model.tiers import EMBEDDING, FINAL_NORM, HEAD, heads_at, is_gain, is_input_major, layer_of, shapes_at
 from braniac.model.tokenizer import SEPARATOR, ByteTokenizer
 
@@ -70,7 +70,7 @@ def export_gguf(
     width that it has not; CheckpointError if `target` exists, cannot be written, or the weights are not finite, or if
     the gguf package is not installed.
     """
-    widths = check_held(model, width)
+    widths = model.held_widths(width)
     _check_kind(model.config, widths)
     if not overwrite and target.exists():
         raise CheckpointError(f"{target} exists: choose another name, or ask for it to be overwritten.")

@@ -23,9 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from braniac.model.attention import Attention, KVCache, rotary_angles
 from braniac.model.config import ModelConfig
+from braniac.model.errors import ConfigError
 from braniac.model.ffn import MatFormerFFN, Matrix
 from braniac.model.initial import initial_tensor
-from braniac.model.tiers import WidthMap, heads_at, shapes_at, tier_width, tier_widths
+from braniac.model.tiers import WidthMap, heads_at, layer_widths, shapes_at, tier_width, tier_widths
 
 
 class RMSNorm(nn.Module):
@@ -160,6 +161,17 @@ class GPT(nn.Module):
             assert width <= self.width, f"width {width} of {self.width}"
             return tuple(min(width, held) for held in self.neurons)
         return tuple(width)
+
+    def held_widths(self, width_map: WidthMap) -> tuple[int, ...]:
+        """Like `layer_widths`, but each is checked to be there. Raises ConfigError."""
+        widths = self.neurons if width_map is None else layer_widths(self.config, width_map)
+        for layer, (width, held) in enumerate(zip(widths, self.neurons, strict=True)):
+            if width > held:
+                raise ConfigError(
+                    f"a width of {width} in layer {layer} exceeds the {held} neurons that this model holds there: "
+                    "choose a smaller one, or load the whole model."
+                )
+        return widths
 
     def forward(self, tokens_BT: Tensor, width: WidthMap = None, cache: KVCache | None = None) -> Tensor:
         """int64 [B, T] -> logits [B, T, V]. With a cache, the tokens continue what it holds, and it grows by them."""

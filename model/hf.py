@@ -71,7 +71,7 @@ def save_folder(
     float16) and for a target that exists or cannot be written.
     """
     assert dtype in _DTYPES, f"{dtype} is none of {_DTYPES}"
-    widths = check_held(model, width)
+    widths = model.held_widths(width)
     document = {**to_config_json(model.config, widths), "dtype": str(dtype).removeprefix("torch.")}
     files: dict[str, Callable[[], bytes]] = {
         name: functools.partial(bytes, data) for name, data in (beside or {}).items()
@@ -121,16 +121,6 @@ def save_tiers(
             overwrite=overwrite,
         )
     write_manifest(target, list(widths))
-
-
-def check_held(model: GPT, width: int | None) -> tuple[int, ...]:
-    """The widths of the layers that `width` means, one each. Raises ConfigError if the model has no such width."""
-    if width is None:
-        return model.neurons
-    check_width(model.config, width)
-    if width > min(model.neurons):
-        raise ConfigError(f"the model holds {min(model.neurons)} FFN neurons: choose a width of at most that.")
-    return (width,) * model.config.num_hidden_layers
 
 
 def _load(path: Path, base: int | None, width: int | None, context: int | None) -> tuple[GPT, Slice]:

@@ -25,12 +25,7 @@ from braniac.model.convert import orderings, reorder_
 from braniac.model.errors import ConfigError
 from braniac.model.evaluate import held_out_loss
 from braniac.model.gpt import GPT
-from braniac.model.tiers import (
-    WidthMap,
-    check_width,
-    layer_widths,
-    tier_widths,
-)
+from braniac.model.tiers import WidthMap, check_width, tier_widths
 
 MAX_MAPS = 10_000
 
@@ -99,18 +94,6 @@ def checked_candidates(config: ModelConfig, candidates: Sequence[int] | None) ->
     return tuple(sorted(set(candidates)))
 
 
-def held_widths(model: GPT, width_map: WidthMap) -> tuple[int, ...]:
-    """One width per layer, each checked to be there. Raises ConfigError."""
-    widths = model.neurons if width_map is None else layer_widths(model.config, width_map)
-    for layer, (width, held) in enumerate(zip(widths, model.neurons, strict=True)):
-        if width > held:
-            raise ConfigError(
-                f"a width of {width} in layer {layer} exceeds the {held} neurons that this model holds there: "
-                "choose a smaller one, or load the whole model."
-            )
-    return widths
-
-
 def enumerate_maps(
     config: ModelConfig,
     candidates: Sequence[int] | None = None,
@@ -137,7 +120,7 @@ def enumerate_maps(
 
 def evaluate_maps(model: GPT, maps: Sequence[WidthMap], windows: Windows) -> list[float]:
     """Held-out loss at each map, in nats per token. Raises ConfigError for a map that the model does not hold."""
-    checked = [held_widths(model, width_map) for width_map in maps]
+    checked = [model.held_widths(width_map) for width_map in maps]
     return [held_out_loss(model, windows, widths) for widths in checked]
 
 
@@ -161,7 +144,7 @@ def extract(model: GPT, width_map: WidthMap) -> GPT:
 
     Raises ConfigError for a map that the model does not hold.
     """
-    config, widths = model.config, held_widths(model, width_map)
+    config, widths = model.config, model.held_widths(width_map)
     tiers = tier_widths(config)
     if len(set(widths)) == 1 and widths[0] in tiers:
         part = GPT(config, tiers.index(widths[0]))
@@ -191,6 +174,6 @@ def controls(
     own, shuffled = (evaluate_maps(each, maps, windows) for each in (model, permuted(model, seed)))
     plain = [None] * len(maps) if unnested is None else evaluate_maps(unnested, maps, windows)
     return [
-        Control(widths=held_widths(model, width_map), loss=a, permuted_loss=b, unnested_loss=c)
+        Control(widths=model.held_widths(width_map), loss=a, permuted_loss=b, unnested_loss=c)
         for width_map, a, b, c in zip(maps, own, shuffled, plain, strict=True)
     ]

@@ -22,7 +22,6 @@ from braniac.model.budget import Choice, CostTable
 from braniac.model.checkpoint_files import read_json, scratch_beside, sync_directory, write_durably
 from braniac.model.errors import CheckpointError, ConfigError
 from braniac.model.gpt import GPT
-from braniac.model.mixnmatch import held_widths
 
 SCHEMA_VERSION = 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -132,7 +131,7 @@ def _width_map(path: Path, value: object, model: GPT) -> tuple[int, ...]:
     if not isinstance(value, list) or any(type(width) is not int for width in value):
         _refuse(path, f"width_map is {value!r}", "a list of whole numbers, one per layer, is expected")
     try:
-        return held_widths(model, value)
+        return model.held_widths(value)
     except ConfigError as error:
         raise CheckpointError(f"{path} cannot be used: width_map: {error}") from error
 

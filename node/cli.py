@@ -159,25 +159,38 @@ def generate(
     tier: Annotated[
         int | None, typer.Option(min=0, max=3, metavar="0..3", help="Use this slice of the model; default: all held.")
     ] = None,
+    draft_tier: Annotated[
+        int | None, typer.Option(min=0, max=3, metavar="0..3", help="Let this slice draft: same texts, other speed.")
+    ] = None,
+    beams: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Search for the likeliest text with N beams; 1: sample.")
+    ] = 1,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Use the model in this folder instead of the node's own.")
+    ] = None,
     state_dir: StateDir = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> None:
     """Let the trained model write text.
 
-    It is read from the node's last checkpoint; the node may be running or not.
+    It is read from the node's last checkpoint, or from a folder that `export` or `train` wrote; the node may be
+    running or not.
 
     \b
     Examples:
       braniac-node generate "def main("
+      braniac-node generate "def main(" --draft-tier 3
+      braniac-node generate "def main(" --beams 4 --folder exported/
       braniac-node generate "import" --tokens 500 --temperature 0.5 --tier 3
     """
     settings = node_config(config, set_, state__dir=state_dir)
     from braniac.node import offline
 
     pieces = offline.generate(
-        settings.state.dir, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, tier=tier
-    )
+        settings.state.dir, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, tier=tier,
+        folder=folder, draft_tier=draft_tier, beams=beams,
+    )  # fmt: skip
     typer.echo(prompt, nl=False)
     for piece in pieces:
         typer.echo(piece, nl=False)

@@ -12,11 +12,14 @@ import torch
 from braniac.model.checkpoint import from_safetensors
 from braniac.model.config import ModelConfig
 from braniac.model.data import Batches
+from braniac.model.decoding import beam_search
 from braniac.model.decoding import generate as decode
 from braniac.model.evaluate import held_out_loss
 from braniac.model.fragments import scatter_
 from braniac.model.gpt import GPT
+from braniac.model.hf import load_folder
 from braniac.model.sources import TextSource
+from braniac.model.speculative import speculate
 from braniac.model.tiers import tier_width
 from braniac.model.tokenizer import ByteTokenizer
 from braniac.node import bridge
@@ -67,20 +70,45 @@ def generate(
     top_k: int | None,
     seed: int | None,
     tier: int | None,
+    folder: Path | None = None,
+    draft_tier: int | None = None,
+    beams: int = 1,
 ) -> Iterator[str]:
-    """Yield pieces of text that continue `prompt`. Raises StateError, ConfigError, ModelError."""
-    _, _, model = load(state_dir)
-    width = _width(model.config, tier, model.width)
+    """Yield pieces of text that continue `prompt`, by the model in `folder` if one is given.
+
+    With `draft_tier`, that slice of the model drafts and the model decides: the same distribution of texts. With
+    `beams`, the likeliest text that a beam search finds. Raises StateError, ConfigError, ModelError.
+    """
+    if beams > 1 and draft_tier is not None:
+        raise ConfigError("--beams and --draft-tier exclude each other: give one of them")
+    model = load(state_dir)[2] if folder is None else load_folder(folder)[0]
+    width = None if tier is None else _width(model.config, tier, model.width)
+    tokenizer = ByteTokenizer()
+    context = tokenizer.encode(prompt)
+    if beams > 1:
+        best = beam_search(model, context, tokens, beams=beams, width=width)[0]
+        yield tokenizer.decode(list(best.tokens))
+        return
     generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    tokenizer = ByteTokenizer()
+    if draft_tier is None:
+        written = decode(model, context, tokens, generator=generator, temperature=temperature, top_k=top_k, width=width)
+    else:
+        draft_width = _width(model.config, draft_tier, model.width)
+        written, _ = speculate(
+            model, context, tokens,
+            draft_width=draft_width, generator=generator, temperature=temperature, top_k=top_k, width=width,
+        )  # fmt: skip
+    yield from _characters(written, tokenizer)
+
+
+def _characters(written: Iterator[int], tokenizer: ByteTokenizer) -> Iterator[str]:
+    """Text as soon as whole characters of it are there."""
     pending: list[int] = []
-    for token in decode(
-        model, tokenizer.encode(prompt), tokens, generator=generator, temperature=temperature, top_k=top_k, width=width
-    ):
+    for token in written:
         pending.append(token)
         text = tokenizer.decode(pending)
         if not text.endswith("\ufffd") or len(pending) >= 4:  # wait for the rest of a UTF-8 character

@@ -331,7 +331,7 @@ def test_nothing_is_left_behind_where_saving_fails(tmp_path: Path) -> None:
     model, target = random_model(LLAMA), tmp_path / "m"
     with pytest.raises(ConfigError, match="an FFN width of 12 is none"):
         save_folder(model, target, width=12)
-    with pytest.raises(ConfigError, match="holds 32 FFN neurons"):
+    with pytest.raises(ConfigError, match="exceeds the 32 neurons"):
         save_folder(random_model(LLAMA, (64, 32)), target, width=64)
     with torch.no_grad():
         model.get_parameter(HEAD)[3, 3] = 1e6

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from braniac.model.decoding import beam_search
+from braniac.model.errors import CheckpointError
 from braniac.model.evaluate import held_out_loss
+from braniac.model.hf import save_folder
 from braniac.node import offline
 from braniac.node.errors import ConfigError, StateError
 from tests.unit.node_harness import CONFIG, EPOCH_S, SETTINGS, TEXT, blob_files, make_trainer, write_run
@@ -52,6 +55,30 @@ def test_text_depends_on_the_seed_alone(state_dir: Path) -> None:
     assert generated(state_dir) != generated(state_dir, seed=4)
     assert len({generated(state_dir, seed=None, tokens=40) for _ in range(3)}) > 1
     assert generated(state_dir, temperature=0.0, seed=1) == generated(state_dir, temperature=0.0, seed=2)
+
+
+def test_a_draft_changes_nothing_of_the_likeliest_text(state_dir: Path) -> None:
+    plain = generated(state_dir, temperature=0.0)
+    assert generated(state_dir, temperature=0.0, draft_tier=3) == plain
+    assert generated(state_dir, draft_tier=3) == generated(state_dir, draft_tier=3)
+    with pytest.raises(ConfigError, match="--beams and --draft-tier exclude each other"):
+        generated(state_dir, draft_tier=3, beams=2)
+    with pytest.raises(ConfigError, match="does not hold tier 4"):
+        generated(state_dir, draft_tier=4)
+
+
+def test_beams_write_the_likeliest_text_found(state_dir: Path) -> None:
+    model = offline.load(state_dir)[2]
+    best = beam_search(model, list(b"the quick "), 20, beams=8)[0]
+    assert generated(state_dir, beams=8) == bytes(best.tokens).decode(errors="replace")
+    assert generated(state_dir, beams=8, seed=7) == generated(state_dir, beams=8)
+
+
+def test_a_folder_writes_what_the_node_does(state_dir: Path, tmp_path: Path) -> None:
+    save_folder(offline.load(state_dir)[2], tmp_path / "exported")
+    assert generated(tmp_path / "no state", folder=tmp_path / "exported") == generated(state_dir)
+    with pytest.raises(CheckpointError, match=r"config.json"):
+        generated(state_dir, folder=tmp_path / "nothing")
 
 
 def test_smaller_tiers_can_be_asked(state_dir: Path) -> None:
