@@ -1,86 +1,36 @@
-"""A small HTTP/1.1 server in the daemon's own event loop: GET or HEAD of /metrics, /healthz and /readyz, and no more.
-
-One request per connection, bounded in size, time and number, so nobody who reaches the port can hold us up.
-"""
+"""A small HTTP/1.1 server in the daemon's own event loop: GET or HEAD of /metrics, /healthz and /readyz, and no more."""
 
 from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
-from types import TracebackType
-from typing import Self
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from braniac.node.errors import ResourceError
+from braniac.node.bounded_server import EXCHANGE_S_MAX, BoundedServer
 from braniac.node.metrics import Metrics
-
-REQUEST_BYTES_MAX = 1 << 13
-CONNECTIONS_MAX = 32
-EXCHANGE_S_MAX = 5.0
 
 _TEXT = "text/plain; charset=utf-8"
 
 
-class MetricsServer:
-    """Serves `metrics` on host and port (0: any free one), between `start` and `stop` or as `async with`."""
+class MetricsServer(BoundedServer):
+    """Serves `metrics`, one request per connection."""
+
+    SUBJECT = "metrics"
+    PORT_OPTION = "--metrics-port"
 
     def __init__(
         self, metrics: Metrics, host: str = "127.0.0.1", port: int = 0, exchange_s_max: float = EXCHANGE_S_MAX
     ) -> None:
-        self.host = host
-        self.port = port  # the real one after `start`
+        super().__init__(host, port, exchange_s_max)
         self._metrics = metrics
-        self._exchange_s_max = exchange_s_max
-        self._server: asyncio.Server | None = None
-        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
-    async def start(self) -> None:
-        """Listen. Raises ResourceError if the address cannot be had."""
-        try:
-            self._server = await asyncio.start_server(self._serve, self.host, self.port, limit=REQUEST_BYTES_MAX)
-        except OSError as error:
-            raise ResourceError(
-                f"cannot serve metrics on {self.host} port {self.port} ({error.strerror or error}): "
-                "choose another --metrics-port, 0 for any free one"
-            ) from error
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def stop(self) -> None:
-        """Stop listening and cut open connections. Harmless when repeated."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.close()
-            for writer in self._connections.values():
-                writer.transport.abort()
-            await asyncio.gather(*self._connections)
-            await server.wait_closed()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections[task] = writer
-        try:
-            if len(self._connections) <= CONNECTIONS_MAX:
-                async with asyncio.timeout(self._exchange_s_max):
-                    writer.write(await self._answer(reader))
-                    await writer.drain()
-                    writer.close()
-                    await writer.wait_closed()
-        except (TimeoutError, ConnectionError):
-            pass  # a slow or vanished client is not worth a line in the log
-        finally:
-            writer.transport.abort()
-            del self._connections[task]
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(self._exchange_s_max):
+            writer.write(await self._answer(reader))
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
 
     async def _answer(self, reader: asyncio.StreamReader) -> bytes:
         try:

@@ -10,10 +10,11 @@ import pytest
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
+from braniac.node.bounded_server import CONNECTIONS_MAX, REQUEST_BYTES_MAX
 from braniac.node.clock import FakeClock
 from braniac.node.errors import ResourceError
 from braniac.node.metrics import STATES, EventLoopLag, Metrics
-from braniac.node.metrics_server import CONNECTIONS_MAX, REQUEST_BYTES_MAX, MetricsServer
+from braniac.node.metrics_server import MetricsServer
 from braniac.protocol.errors import Refusal
 
 
