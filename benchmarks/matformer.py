@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--adam-learning-rate", type=float, default=0.01)
     parser.add_argument("--kl-weight", type=float, default=0.0, help="of the joint model")
     parser.add_argument("--mixed-maps", type=int, default=1, help="random width maps in each step of the joint model")
+    parser.add_argument("--mixed-weight", type=float, default=0.5, help="of each such map, in units of a tier's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/matformer"))
@@ -88,7 +89,7 @@ def trained(name: str, options: argparse.Namespace, corpus: Corpus) -> GPT:
     tier = 0 if name == "joint" else int(name[-1])
     recipe = {key: str(vars(options)[key]) for key in ("steps", "batch", "learning_rate", "adam_learning_rate", "seed")}
     if name == "joint":
-        recipe |= {"kl_weight": str(options.kl_weight), "mixed_maps": str(options.mixed_maps)}
+        recipe |= {key: str(vars(options)[key]) for key in ("kl_weight", "mixed_maps", "mixed_weight")}
     path = options.out / f"{name}.safetensors"
     if path.exists():
         tensors, metadata = from_safetensors(path.read_bytes())
@@ -97,7 +98,12 @@ def trained(name: str, options: argparse.Namespace, corpus: Corpus) -> GPT:
         model = GPT(config, tier)
         model.load_state_dict(tensors)
         return model
-    joint = ObjectiveSettings(mode="joint", kl_weight=options.kl_weight, mixed_maps=options.mixed_maps)
+    joint = ObjectiveSettings(
+        mode="joint",
+        kl_weight=options.kl_weight,
+        mixed_maps=options.mixed_maps,
+        mixed_weight=options.mixed_weight,
+    )
     settings = TrainSettings(
         learning_rate=options.learning_rate,
         adam_learning_rate=options.adam_learning_rate,

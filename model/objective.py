@@ -49,6 +49,9 @@ class ObjectiveSettings:
     mixed_maps: int = 0
     """joint, sandwich: random width maps in each step besides, each layer at one of two neighbouring tiers' widths."""
 
+    mixed_weight: float = 0.5
+    """joint, sandwich: weight of each of those maps, in units of a tier's mean weight."""
+
     alphas: tuple[float, ...] = ()
     """joint: weight of each tier's loss, the widest first; their sum counts as one. Empty: all alike."""
 
@@ -73,8 +76,10 @@ class ObjectiveSettings:
             values = getattr(self, name)
             if not all(math.isfinite(value) and value >= 0 for value in values) or (values and not sum(values)):
                 raise ConfigError(f"objective.{name} is {values!r}: it must be weights of at least 0, not all 0.")
-        if not (math.isfinite(self.kl_weight) and self.kl_weight >= 0):
-            raise ConfigError(f"objective.kl_weight is {self.kl_weight!r}: it must be at least 0.")
+        for name in ("kl_weight", "mixed_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"objective.{name} is {value!r}: it must be at least 0.")
 
     def check_tiers(self, held: int) -> None:
         """Raise ConfigError unless the weights are for `held` tiers."""
@@ -146,18 +151,19 @@ class Objective:
         return [self._uniform(tier, 1 / len(tiers)) for tier in tiers]
 
     def _with_mixed(self, step: int, terms: list[Term]) -> list[Term]:
-        """The terms, and after them the random maps, each as heavy as the mean of the others."""
+        """The terms, and after them the random maps, each `mixed_weight` times as heavy as the mean of the others."""
         count, pairs = self.settings.mixed_maps, len(self.held) - 1
-        if not count or not pairs:
+        weight = self.settings.mixed_weight
+        if not count or not pairs or not weight:
             return terms
-        share = 1 / (len(terms) + count)
+        share = 1 / (len(terms) + count * weight)
         maps = []
         for number in range(count):
             # The first draws of a step are those of sandwich.
             at = self.settings.sandwich_random + number * (1 + self.layers)
             pair, *choices = self._draw(step, at + 1 + self.layers)[at:]
             widths = self.held[pair % pairs : pair % pairs + 2]
-            maps.append(Term(tuple(widths[choice % 2] for choice in choices), share))
+            maps.append(Term(tuple(widths[choice % 2] for choice in choices), weight * share))
         return [Term(term.widths, term.weight * len(terms) * share) for term in terms] + maps
 
 

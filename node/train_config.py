@@ -89,6 +89,8 @@ class ObjectiveSection(Section):
     """sandwich: random tiers between the widest and the narrowest in each step."""
     mixed_maps: int = _OBJECTIVE.mixed_maps
     """joint, sandwich: random width maps in each step besides, each between two neighbouring tiers."""
+    mixed_weight: float = _OBJECTIVE.mixed_weight
+    """joint, sandwich: weight of each of those maps, in units of a tier's mean weight."""
     alphas: tuple[float, ...] = _OBJECTIVE.alphas
     """joint: weight of each tier's loss, the widest first; empty: all alike."""
     final_alphas: tuple[float, ...] = _OBJECTIVE.final_alphas

@@ -121,7 +121,7 @@ def test_joint_trains_every_tier_that_is_held_all_alike() -> None:
 
 @pytest.mark.parametrize("mode", ["sandwich", "joint"])
 def test_mixed_maps_lie_between_two_neighbouring_tiers_and_weigh_as_much_as_the_others(mode: str) -> None:
-    steps = drawn(objective_of(mode, mixed_maps=2), 300)
+    steps = drawn(objective_of(mode, mixed_maps=2, mixed_weight=1.0), 300)
     plain = drawn(objective_of(mode), 300)
     maps = []
     for terms, without in zip(steps, plain, strict=True):
@@ -136,8 +136,11 @@ def test_mixed_maps_lie_between_two_neighbouring_tiers_and_weigh_as_much_as_the_
 
 
 def test_mixed_maps_keep_the_shares_of_the_tiers() -> None:
-    terms = objective_of("joint", alphas=(6.0, 2.0, 0.0, 0.0), mixed_maps=1).terms(0)
+    terms = objective_of("joint", alphas=(6.0, 2.0, 0.0, 0.0), mixed_maps=1, mixed_weight=1.0).terms(0)
     assert [term.weight for term in terms] == pytest.approx([0.5, 1 / 6, 1 / 3])
+    lighter = objective_of("joint", mixed_maps=2, mixed_weight=0.5).terms(0)
+    assert [term.weight for term in lighter] == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.1, 0.1])
+    assert len(objective_of("joint", mixed_maps=2, mixed_weight=0.0).terms(0)) == 4
 
 
 def test_the_weights_of_joint_count_as_shares_and_a_weight_of_zero_costs_nothing() -> None:
@@ -174,6 +177,7 @@ def test_without_a_length_the_curriculum_is_at_its_end() -> None:
         ({"alphas": (0.0, 0.0)}, "not all 0"),
         ({"final_alphas": (1.0, math.inf)}, "objective.final_alphas"),
         ({"kl_weight": -0.5}, "objective.kl_weight is -0.5"),
+        ({"mixed_weight": -0.5}, "objective.mixed_weight is -0.5"),
         ({"kl_weight": math.nan}, "objective.kl_weight is nan"),
     ],
 )
