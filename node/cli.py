@@ -13,8 +13,13 @@ from typing import Annotated
 import typer
 
 from braniac.node import commands
+from braniac.node.cli_config import config_app
+from braniac.node.cli_daemon import daemon_app
+from braniac.node.cli_doctor import doctor_app
+from braniac.node.cli_identity import identity_app
 from braniac.node.cli_model import model_app
 from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, node_config
+from braniac.node.cli_run import run_app
 from braniac.node.failures import explain
 from braniac.protocol.limits import PROTOCOL_VERSION
 
@@ -24,12 +29,14 @@ app = typer.Typer(
     epilog="Exit codes: 0 clean, 1 failed, 2 wrong use or setting, 4 already running, 5 another run or protocol, "
     "6 key file unusable or in use elsewhere, 7 port, socket, memory or disk, 8 unreadable state, 9 no node running.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(identity_app, name="identity")
+app.add_typer(run_app)
+app.add_typer(doctor_app)
+app.add_typer(daemon_app)
 app.add_typer(model_app)
 
 
@@ -43,6 +50,9 @@ def _global_options(
 
 @app.command()
 def join(
+    link: Annotated[
+        str | None, typer.Argument(metavar="[LINK]", help="Join link: braniac://RUN_ID@ADDR,...", show_default=False)
+    ] = None,
     peers: Annotated[
         list[str] | None,
         typer.Option("--peers", metavar="ADDR", help="Peer to join through, or @FILE of them; repeatable."),
@@ -54,97 +64,64 @@ def join(
     state_dir: StateDir = None,
     config: ConfigFile = None,
     set_: Sets = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="FILE", help="Found or join the run that `init` wrote to this file.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the first download.")] = False,
     preset: Annotated[str | None, typer.Option(metavar="tiny|small[-llama]", help="Model of a new run.")] = None,
     run_id: Annotated[str | None, typer.Option(metavar="HEX", help="Join this run and no other.")] = None,
     listen: Annotated[
         list[str] | None, typer.Option(metavar="ADDR", help="Multiaddr to listen on, e.g. /ip4/0.0.0.0/tcp/4001.")
     ] = None,
     metrics_port: Annotated[int | None, typer.Option(metavar="N", help="Port of /metrics; 0 is any free one.")] = None,
+    web: Annotated[
+        bool | None, typer.Option("--web/--no-web", help="Serve a page with charts and buttons on this machine.")
+    ] = None,
     log_format: Annotated[str | None, typer.Option(metavar="auto|console|json", help="How to write the log.")] = None,
 ) -> None:
     """Train with others: join, resume or found a run.
 
-    With --peers it joins their run; without, it resumes the one in the state directory or founds one. SIGTERM, Ctrl-C
-    or `braniac-node leave` finish the slot in hand and stop it, a second signal stops at once; killed in any other
-    way, it goes on from its last checkpoint.
+    With a link or --peers it joins their run; without, it resumes the one in the state directory or founds one. On a
+    terminal it says what a run will cost and asks before it downloads anything for the first time. SIGTERM, Ctrl-C or
+    `braniac-node leave` finish the slot in hand and stop it, a second signal stops at once; killed in any other way, it
+    goes on from its last checkpoint.
 
     \b
     Examples:
       braniac-node join
+      braniac-node join braniac://02e0e79f...@/ip4/192.0.2.7/tcp/4001/p2p/12D3KooW...
       braniac-node join --peers /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW... --tier 2 --data ~/books
+      braniac-node join --run run.braniac
       braniac-node join --config node.toml --set train.threads=2 --metrics-port 9464
+      braniac-node join --web --set web.port=9470
     """
+    addresses = commands.split_addresses(peers)
+    if link is not None:
+        from braniac.node.join_link import with_link
+
+        run_id, addresses = with_link(link, run_id, addresses)
     settings = node_config(
         config,
         set_,
-        network__peers=commands.split_addresses(peers),
+        network__peers=addresses,
         network__listen=commands.split_addresses(listen),
         network__run_id=run_id,
         run__preset=preset,
+        run__file=run,
         train__tier=tier,
         data__paths=data,
         state__dir=state_dir,
         metrics__port=metrics_port,
+        web__enabled=web,
         log__format=log_format,
     )
     from braniac.node.logs import configure_logging
 
     configure_logging(settings.log.level, settings.log.format)
+    from braniac.node.consent import terminal_ask
     from braniac.node.service import run_daemon
 
-    raise typer.Exit(run_daemon(settings))
-
-
-@app.command()
-def status(json: Json = False, state_dir: StateDir = None, config: ConfigFile = None, set_: Sets = None) -> None:
-    """Show what the running node is doing.
-
-    \b
-    Examples:
-      braniac-node status
-      braniac-node status --json | jq .slot
-    """
-    from braniac.node.control import ControlClient
-
-    reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).status()
-    typer.echo(commands.json_text(commands.message_dict(reply)) if json else commands.status_text(reply))
-
-
-@app.command()
-def peers(json: Json = False, state_dir: StateDir = None, config: ConfigFile = None, set_: Sets = None) -> None:
-    """List the peers that the running node knows.
-
-    \b
-    Examples:
-      braniac-node peers
-      braniac-node peers --json | jq '.peers[].peer_id'
-    """
-    from braniac.node.control import ControlClient
-
-    reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).peers()
-    typer.echo(commands.json_text(commands.message_dict(reply)) if json else commands.peers_text(reply))
-
-
-@app.command()
-def leave(
-    now: Annotated[bool, typer.Option("--now", help="Do not finish the slot in hand.")] = False,
-    state_dir: StateDir = None,
-    config: ConfigFile = None,
-    set_: Sets = None,
-) -> None:
-    """Ask the running node to stop.
-
-    It finishes the slot in hand and says goodbye first.
-
-    \b
-    Examples:
-      braniac-node leave
-      braniac-node leave --now
-    """
-    from braniac.node.control import ControlClient
-
-    ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).leave(now=now)
-    typer.echo("the node stops now" if now else "the node finishes the slot in hand and stops")
+    raise typer.Exit(run_daemon(settings, ask=None if yes else terminal_ask()))
 
 
 @app.command()
@@ -271,20 +248,6 @@ def version() -> None:
     from importlib.metadata import version as package_version
 
     typer.echo(f"braniac-node {package_version('braniac-node')}, protocol {PROTOCOL_VERSION}")
-
-
-@config_app.command("show")
-def config_show(state_dir: StateDir = None, config: ConfigFile = None, set_: Sets = None) -> None:
-    """Print every setting as a file for --config.
-
-    \b
-    Examples:
-      braniac-node config show > node.toml
-      braniac-node config show --config node.toml --set train.tier=2
-    """
-    from braniac.node.settings_merge import render_toml
-
-    typer.echo(render_toml(node_config(config, set_, state__dir=state_dir)), nl=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

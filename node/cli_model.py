@@ -195,7 +195,7 @@ def export(
     set_: Sets = None,
     json: Json = False,
 ) -> None:
-    """Write a model, a tier or any width of it for other programs.
+    """Write a model, or any slice of it, for other programs.
 
     A llama-family model becomes a stock LlamaForCausalLM. What is written appears whole or not at all.
 
@@ -236,7 +236,7 @@ def convert(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Sort a dense model's neurons, so that narrow widths are of use.
+    """Sort a dense model's neurons so that narrow widths work.
 
     The whole model computes what it did before. Prints the loss at every tier, in nats per token; training it further
     at several widths then lowers the narrow ones. A model that was trained at several widths is sorted already.

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from braniac.node.errors import ConfigError
 
-if TYPE_CHECKING:  # protobuf and grpc load only for the commands that talk to a daemon
+if TYPE_CHECKING:  # protobuf loads only for the commands that talk to a daemon
     from google.protobuf.message import Message
-
-    from braniac.node.control_pb2 import PeersReply, StatusReply
 
 
 def split_addresses(texts: Sequence[str] | None) -> list[str] | None:
@@ -39,6 +37,24 @@ def parse_integers(option: str, text: str) -> tuple[int, ...]:
             f"{option} {text!r} is not a list of positive whole numbers: write them as in {option} 64,128"
         )
     return tuple(int(part) for part in parts)
+
+
+_UNIT_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile(r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
+_DURATION_S_MAX = 366 * 86_400
+
+
+def parse_duration_s(option: str, text: str) -> float:
+    """Seconds in a time span written as "90s", "2h" or "1h30m". Raises ConfigError."""
+    found = _DURATION.fullmatch(text.replace(" ", "").lower())
+    counts = [int(count or 0) for count in found.groups()] if found and len(text) < 32 else []
+    seconds = sum(count * unit_s for count, unit_s in zip(counts, _UNIT_S.values(), strict=False))
+    if not 0 < seconds <= _DURATION_S_MAX:
+        raise ConfigError(
+            f"{option} {text!r} is not a time span of up to 366 days: write it as in {option} 90s, {option} 1h30m "
+            f"or {option} 2d"
+        )
+    return float(seconds)
 
 
 def json_text(content: object) -> str:
@@ -143,52 +159,3 @@ def duration_text(seconds: float) -> str:
     if whole < 86_400:
         return f"{whole // 3600}h {whole % 3600 // 60:02}m"
     return f"{whole // 86_400}d {whole % 86_400 // 3600:02}h"
-
-
-def status_text(reply: StatusReply) -> str:
-    """What a person wants to know about a running node, a line per subject."""
-    loss = f"loss {reply.train_loss:.3f} nats/byte" if reply.HasField("train_loss") else "no loss yet"
-    joined = ""
-    if reply.join_bytes_received < reply.join_bytes_needed:
-        joined = f", joining {bytes_text(reply.join_bytes_received)} of {bytes_text(reply.join_bytes_needed)}"
-    rows = {
-        "state": f"{reply.state}{joined}" + (f": {reply.state_reason}" if reply.state_reason else ""),
-        "run": reply.run_id,
-        "peer": reply.peer_id,
-        "model": f"tier {reply.tier} of 0..{max(reply.tiers, 1) - 1}, {reply.parameters:,} parameters",
-        "swarm": f"slot {reply.slot:,} of {reply.slot_s:g} s, window {reply.window:,}, {reply.peers_live} peers live, "
-        f"clock {reply.clock_offset_s * 1e3:+.0f} ms",
-        "training": f"{loss}, {reply.steps:,} steps, {reply.tokens:,} tokens, {reply.tokens_per_s:,.0f} tokens/s",
-        "merged": f"{reply.certificates:,} certificates, {reply.contributions_merged:,} own contributions in them, "
-        f"{reply.contributions_unacknowledged:,} not acknowledged",
-        "forfeited": _counts(reply.forfeited),
-        "refused": _counts(reply.refused),
-        "traffic": f"{bytes_text(reply.bytes_sent)} sent, {bytes_text(reply.bytes_received)} received",
-        "health": f"up {duration_text(reply.uptime_s)}, generation {reply.generation:,} on disk, "
-        f"loop lag p50 {reply.loop_lag_p50_s * 1e3:.1f} ms, p99 {reply.loop_lag_p99_s * 1e3:.1f} ms",
-        "addresses": "\n           ".join(reply.addresses) or "none",
-    }
-    return "\n".join(f"{name:<9}  {value}" for name, value in rows.items())
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()) if count) or "none"
-
-
-def peers_text(reply: PeersReply) -> str:
-    """A table of the peers, those heard last first."""
-    if not reply.peers:
-        return "no other peers yet"
-    rows = [
-        [
-            peer.peer_id,
-            str(peer.tier),
-            peer.state,
-            f"{duration_text(peer.last_heard_s)} ago",
-            f"{peer.rtt_s * 1e3:.0f} ms" if peer.HasField("rtt_s") else "-",
-            f"{peer.merged:,}",
-            peer.addresses[0] if peer.addresses else "-",
-        ]
-        for peer in sorted(reply.peers, key=lambda peer: peer.last_heard_s)
-    ]
-    return table_text(["PEER", "TIER", "STATE", "HEARD", "RTT", "MERGED", "ADDRESS"], rows)

@@ -9,8 +9,8 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -33,7 +33,9 @@ REPLY_BYTES_MAX = 1 << 26
 CALLS_MAX = 32
 ANSWER_S_MAX = 5.0
 WATCH_S_MIN = 0.1
+WATCH_SLOTS_LATE = 64
 PAUSE_S_MAX = 366 * 86_400
+NO_SLOTS = (1 << 64) - 1  # as `since_slot`: the status without any
 
 
 class ControlSource(Protocol):
@@ -69,15 +71,17 @@ class ControlServer:
         self._source = source
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
+        self._stopping = asyncio.Event()
 
     async def start(self) -> None:
         """Bind and serve. Raises ResourceError if the path cannot be a socket, AlreadyRunning if one answers there."""
         _check_length(self.path)
         _remove_stale(self.path)
+        self._stopping.clear()
         server = grpc.aio.server(
             options=[("grpc.max_receive_message_length", REQUEST_BYTES_MAX)], maximum_concurrent_rpcs=CALLS_MAX
         )
-        control_pb2_grpc.add_ControlServicer_to_server(_Servicer(self._source), server)
+        control_pb2_grpc.add_ControlServicer_to_server(_Servicer(self._source, self._stopping), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         with _only_for_the_owner():
@@ -96,6 +100,7 @@ class ControlServer:
         """Refuse new calls, let running ones finish within `grace_s`, and remove the socket. Harmless when repeated."""
         server, self._server = self._server, None
         if server is not None:
+            self._stopping.set()  # who watches would keep us for all of the grace
             await self._health.enter_graceful_shutdown()
             await server.stop(grace_s)
             self.path.unlink(missing_ok=True)
@@ -111,8 +116,9 @@ class ControlServer:
 
 
 class _Servicer(control_pb2_grpc.ControlServicer):
-    def __init__(self, source: ControlSource) -> None:
+    def __init__(self, source: ControlSource, stopping: asyncio.Event) -> None:
         self._source = source
+        self._stopping = stopping
 
     async def Status(
         self, request: control_pb2.StatusRequest, context: grpc.aio.ServicerContext[Message, Message]
@@ -128,11 +134,20 @@ class _Servicer(control_pb2_grpc.ControlServicer):
         self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext[Message, Message]
     ) -> AsyncIterator[control_pb2.StatusReply]:
         since_slot, period_s = request.since_slot, max(WATCH_S_MIN, request.period_s)
-        while True:
+        sent: set[tuple[int, bytes]] = set()
+        while not self._stopping.is_set():
             reply = self._source.status(since_slot)
-            since_slot = max(since_slot, *(record.slot + 1 for record in reply.slots), 0)
+            seen = {(record.slot, record.certificate): record for record in reply.slots}
+            del reply.slots[:]
+            reply.slots.extend(record for key, record in seen.items() if key not in sent)
+            # A slot without a certificate is settled after younger ones with one.
+            newest = max((slot for slot, _ in seen), default=0)
+            since_slot = max(since_slot, newest - WATCH_SLOTS_LATE)
+            sent = {key for key in sent | set(seen) if key[0] >= since_slot}
             yield reply
-            await asyncio.sleep(period_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(period_s):
+                    await self._stopping.wait()
 
     async def Pause(
         self, request: control_pb2.PauseRequest, context: grpc.aio.ServicerContext[Message, Message]
@@ -185,10 +200,24 @@ class ControlClient:
         with self._stub() as stub:
             return stub.Peers(control_pb2.PeersRequest(), timeout=self._answer_s_max)
 
-    def watch(self, since_slot: int = 0, period_s: float = 1.0) -> Iterator[control_pb2.StatusReply]:
-        """Status now and every `period_s` seconds, each slot once; ends when the daemon does."""
+    def watch(
+        self,
+        since_slot: int = 0,
+        period_s: float = 1.0,
+        began: Callable[[Callable[[], object]], object] = lambda cancel: None,
+    ) -> Iterator[control_pb2.StatusReply]:
+        """Status now and every `period_s` seconds, each slot once; ends when the daemon does.
+
+        `began` is given a function that ends it from any thread.
+        """
         with self._stub() as stub:
-            yield from stub.Watch(control_pb2.WatchRequest(since_slot=since_slot, period_s=period_s))
+            call = stub.Watch(control_pb2.WatchRequest(since_slot=since_slot, period_s=period_s))
+            began(call.cancel)
+            try:
+                yield from call
+            except grpc.RpcError as error:
+                if not isinstance(error, grpc.Call) or error.code() is not grpc.StatusCode.CANCELLED:
+                    raise  # cancelled by us, or by a daemon in a hurry
 
     def pause(self, seconds: float = 0.0, finish: bool = False) -> None:
         """Ask the daemon to rest for so long, 0 being until `resume`; with `finish`, after the slot in hand."""

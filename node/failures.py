@@ -31,6 +31,11 @@ def explain(error: Exception) -> int:
     return _exit_code(causes[0]) or 1
 
 
+def in_short(error: Exception) -> str:
+    """Why something failed, on one line."""
+    return "; ".join(_one_line(cause) or type(cause).__name__ for cause in _leaves(error))
+
+
 def print_error(sentence: str) -> None:
     """Write one line to stderr, signed with the program's name."""
     sys.stderr.write(f"braniac-node: {sentence}\n")

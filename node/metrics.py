@@ -24,6 +24,7 @@ from prometheus_client import (
 )
 
 from braniac.node.clock import Clock
+from braniac.node.policy import CODES
 from braniac.protocol.errors import Refusal
 
 STATES = ("starting", "joining", "training", "degraded", "paused", "leaving")
@@ -35,11 +36,13 @@ DIVERGENCES = ("fork", "digest")  # two certificates for one slot; other bytes t
 DIRECTIONS = ("sent", "received")
 TRAFFIC_KINDS = ("message", "blob", "anchor")  # signed messages; contributions and updates; downloads of joiners
 SPLITS = ("train", "validation")
+PAUSE_REASONS = ("manual", *CODES)
 PHASES = ("compress", "offer", "merge", "fetch", "apply", "checkpoint")
 
 _PHASE_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _LAG_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _LAG_PERIOD_S = 0.02
+_LAG_PERIOD_RESTING_S = 5.0
 _LAGS_KEPT = 4096
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
@@ -58,6 +61,9 @@ class Metrics:
         self._add_rounds(self.registry)
         self._add_network(self.registry)
         self._add_training(self.registry)
+        help_text = "1 for each reason to rest that holds."
+        self._paused = Gauge("braniac_paused", help_text, ["reason"], registry=self.registry)
+        self.set_paused(())
         self.set_state("starting")
 
     def _add_rounds(self, registry: CollectorRegistry) -> None:
@@ -115,6 +121,9 @@ class Metrics:
     def _add_training(self, registry: CollectorRegistry) -> None:
         self.loss = Gauge("braniac_loss_nats_per_byte", "The latest loss.", ["split"], registry=registry)
         self.tokens = Counter("braniac_tokens_total", "Tokens trained on.", registry=registry)
+        self.tokens_merged = Gauge(  # no counter: a certificate that is replaced takes its tokens back
+            "braniac_tokens_merged", "Weight of own contributions in certificates, over all lives.", registry=registry
+        )
         self.tokens_per_second = Gauge("braniac_tokens_per_second", "Training speed, lately.", registry=registry)
         self.training_steps = Counter("braniac_training_steps_total", "Inner optimizer steps.", registry=registry)
         self.checkpoint_generation = Gauge(
@@ -122,6 +131,11 @@ class Metrics:
         )
         self.checkpoint_failures = Counter(
             "braniac_checkpoint_failures_total", "Generations that could not be written.", registry=registry
+        )
+        self.cpu_throttled = Counter(
+            "braniac_cpu_throttled_seconds_total",
+            "Time not spent on training for the sake of the cap on the duty cycle.",
+            registry=registry,
         )
         for split in SPLITS:
             self.loss.labels(split).set(float("nan"))  # not yet known, which a zero would not say
@@ -142,6 +156,13 @@ class Metrics:
         self._current = state
         for other in STATES:
             self._state.labels(other).set(other == state)
+
+    def set_paused(self, reasons: Iterable[str]) -> None:
+        """Note which of PAUSE_REASONS hold."""
+        holding = set(reasons)
+        assert holding <= set(PAUSE_REASONS), holding
+        for reason in PAUSE_REASONS:
+            self._paused.labels(reason).set(reason in holding)
 
     def accept_message(self) -> None:
         """Count a message from a peer as received and accepted."""
@@ -168,24 +189,31 @@ class EventLoopLag:
     """Measures how late the event loop runs what is due, as any other task would suffer it."""
 
     def __init__(
-        self, histogram: Histogram, clock: Clock, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self,
+        histogram: Histogram,
+        clock: Clock,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        resting: Callable[[], bool] = lambda: False,
     ) -> None:
+        """While `resting` says so it looks seldom, because a node at rest should hardly wake the processor."""
         self._histogram = histogram
         self._clock = clock
         self._sleep = sleep
+        self._resting = resting
         self._lags_s: deque[float] = deque(maxlen=_LAGS_KEPT)
 
     async def run(self) -> None:
         """Sample until cancelled."""
         while True:
-            due_s = self._clock.monotonic() + _LAG_PERIOD_S
-            await self._sleep(_LAG_PERIOD_S)
+            period_s = _LAG_PERIOD_RESTING_S if self._resting() else _LAG_PERIOD_S
+            due_s = self._clock.monotonic() + period_s
+            await self._sleep(period_s)
             lag_s = max(0.0, self._clock.monotonic() - due_s)
             self._lags_s.append(lag_s)
             self._histogram.observe(lag_s)
 
     def quantile(self, q: float) -> float:
-        """The q-quantile in seconds of the last 4096 samples (82 s when idle), nearest rank; 0 before the first."""
+        """The q-quantile in seconds of the last 4096 samples (82 s of work), nearest rank; 0 before the first."""
         assert 0 <= q <= 1
         lags_s = sorted(self._lags_s)
         return lags_s[min(int(q * len(lags_s)), len(lags_s) - 1)] if lags_s else 0.0

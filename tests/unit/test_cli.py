@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +12,33 @@ import pytest
 import typer
 
 from braniac.model.errors import DataError, ModelError
-from braniac.node import commands, control_pb2
+from braniac.node import commands, control_pb2, replies
 from braniac.node.cli import app, main
 from braniac.node.config import NodeConfig
+from braniac.node.control import ControlClient
 from braniac.node.errors import AlreadyRunning, ConfigError, NodeError
 from braniac.node.failures import explain
+from braniac.node.log_view import log_path
 from braniac.node.settings_merge import load_config
 from braniac.protocol.errors import ManifestError, VersionMismatch
 
 VERBS = [
     *("join", "status", "peers", "leave", "generate", "evaluate", "swarm"),
+    *("pause", "resume", "finish", "logs", "contributions"),
+    *("init", "link", "costs", "doctor"),
     *("train", "profile", "mixnmatch", "export", "convert", "version", "config"),
 ]
 
 
+GROUPS = {"config": ("show", "check"), "identity": ("show", "export", "import")}
+LINK = "braniac://" + "1" * 64
+
+
 @pytest.fixture(autouse=True)
-def no_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings of whoever runs the tests."""
     monkeypatch.setenv("BRANIAC_DEBUG", "0")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/nowhere")
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +52,18 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_help_of_a_verb_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert f"\n    braniac-node {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("group", "verb"), [(group, verb) for group, verbs in GROUPS.items() for verb in verbs])
+def test_the_help_of_a_verb_in_a_group_has_examples(
+    group: str, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([group, "--help"]) == 0
+    assert f"\n  {verb} " in capsys.readouterr().out
+    assert main([group, verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"\n    braniac-node {group} {verb}" in shown
+    assert "--json" in shown
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +96,29 @@ def test_light_commands_load_nothing_heavy() -> None:
         (["status", "--state-dir", "/nowhere"], 9, "no daemon answers on /nowhere/control.sock"),
         (["peers", "--state-dir", "/nowhere", "--json"], 9, "no daemon answers on /nowhere/control.sock"),
         (["leave", "--state-dir", "/nowhere"], 9, "no daemon answers on /nowhere/control.sock"),
+        (["pause", "--state-dir", "/nowhere"], 9, "no daemon answers on /nowhere/control.sock"),
+        (["pause", "--for", "2 weeks"], 2, "--for '2 weeks' is not a time span"),
+        (["pause", "--for", "0s"], 2, "write it as in --for 90s, --for 1h30m or --for 2d"),
+        (["finish", "--state-dir", "/nowhere", "--json"], 9, "no daemon answers on /nowhere/control.sock"),
+        (["resume", "--state-dir", "/nowhere"], 9, "no daemon answers on /nowhere/control.sock"),
+        (["contributions", "--state-dir", "/nowhere"], 9, "no daemon answers on /nowhere/control.sock"),
+        (["status", "--watch", "--state-dir", "/nowhere"], 9, "no daemon answers on /nowhere/control.sock"),
+        (["logs", "--state-dir", "/nowhere"], 8, "there is no log in /nowhere/logs"),
+        (["logs", "--level", "loud"], 2, "Invalid value for '--level'"),
+        (["join", "run.braniac"], 2, "'run.braniac' is not a join link: it does not begin with braniac://"),
+        (["join", LINK], 2, "it names no address after an @; copy the whole line"),
+        (["join", LINK + "@/ip4/192.0.2.7/tcp/4001"], 2, "it does not end in /p2p/<peer id>"),
+        (["join", "a", "b"], 2, "unexpected extra argument"),
+        (["link", "--state-dir", "/nowhere", "--qr"], 9, "no daemon answers on /nowhere/control.sock"),
+        (["init", "/nowhere/run.yaml"], 2, "cannot read the run description /nowhere/run.yaml"),
+        (["costs"], 2, "costs needs either a join link or --run FILE"),
+        (["costs", "--run", "/nowhere/run.braniac"], 2, "cannot read the run file /nowhere/run.braniac"),
+        (["costs", "x"], 2, "'x' is not a join link"),
+        (["costs", "--run", "x", "--swarm-peers", "0"], 2, "Invalid value for '--swarm-peers'"),
+        (["identity", "show", "--state-dir", "/nowhere"], 6, "/nowhere holds no key"),
+        (["config", "check", "/nowhere/node.toml"], 2, "cannot read the configuration file /nowhere/node.toml"),
+        (["doctor", "--set", "caps.disk=1GB"], 2, "unknown setting 'caps.disk'"),
+        (["join", "--set", "caps.disk_mib=1GB"], 2, "expected a valid integer"),
         (["status", "--state-dir", "/" + "x" * 120], 7, "choose a shorter --state-dir"),
     ],
 )
@@ -84,6 +130,139 @@ def test_a_failure_ends_in_a_sentence_and_an_exit_code(
     assert wanted in output.err
     assert output.out == ""
     assert "Traceback" not in output.err
+
+
+def test_check_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--check", "--state-dir", "/nowhere"]) == 1
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("state", "well"),
+    [
+        *(("starting", False), ("joining", False), ("training", True)),
+        *(("degraded", True), ("paused", True), ("leaving", False)),
+    ],
+)
+def test_who_is_well(state: str, well: bool) -> None:
+    class Client(ControlClient):
+        def status(self, since_slot: int = 0) -> control_pb2.StatusReply:
+            return control_pb2.StatusReply(state=state)
+
+    assert replies.is_well(Client(Path("/nowhere"))) is well
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("2h", 7200), ("1h30m", 5400), ("2H 30M", 9000), ("1d1s", 86_401), ("366d", 366 * 86_400)],
+)
+def test_time_spans(text: str, seconds: float) -> None:
+    assert commands.parse_duration_s("--for", text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0s", "90", "h", "1m2h", "-1s", "1.5h", "367d", "9" * 40 + "s", "1w", "٣s"])
+def test_what_is_no_time_span(text: str) -> None:
+    with pytest.raises(ConfigError, match="write it as in --for 90s"):
+        commands.parse_duration_s("--for", text)
+
+
+def test_completion_knows_the_verbs_and_is_light() -> None:
+    script = (
+        "import sys; from braniac.node.cli import main; code = main([]);"
+        "print(code, {'torch', 'grpc', 'google.protobuf', 'numpy', 'structlog', 'rich'} & set(sys.modules))"
+    )
+    asked = {
+        "_BRANIAC_NODE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "braniac-node sta",
+        "COMP_CWORD": "1",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | asked, capture_output=True, text=True, check=True, timeout=60
+    )
+    *offered, last = run.stdout.split("\n")[:-1]
+    assert offered == ["status"]
+    assert last == "0 set()"
+
+
+def test_completion_can_be_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.completion._get_shell_name", lambda: "bash")
+    assert main(["--show-completion"]) == 0
+    assert "_BRANIAC_NODE_COMPLETE=complete_bash" in capsys.readouterr().out
+
+
+def test_logs_shows_files_as_the_console_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = log_path(tmp_path)
+    path.parent.mkdir()
+    entries = [
+        {"event": "slot 7", "level": "info", "timestamp": "2026-01-02T03:04:05.6Z"},
+        {"event": "disk", "level": "error"},
+    ]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert main(["logs", "--state-dir", str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.rstrip() == "2026-01-02T03:04:05Z [info     ] slot 7"
+    assert "disk" in second
+    assert main(["logs", "--state-dir", str(tmp_path), "--json", "--level", "warning"]) == 0
+    assert capsys.readouterr().out == json.dumps(entries[1]) + "\n"
+    assert main(["logs", "--state-dir", str(tmp_path), "-n", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_config_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text("[train]\nbatch = 2\nthreads = 2\n")
+    assert main(["config", "check", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file} is fine and sets train.batch, train.threads\n"
+    assert main(["config", "check", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["keys"] == ["train.batch", "train.threads"]
+    file.write_text("[train]\nbacth = 2\n")
+    assert main(["config", "check", str(file)]) == 2
+    assert "did you mean 'train.batch'?" in capsys.readouterr().err
+
+
+def test_the_default_file_is_read_unless_another_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    default, other = tmp_path / "braniac" / "node.toml", tmp_path / "other.toml"
+    default.parent.mkdir()
+    default.write_text("[train]\nbatch = 2\nthreads = 3\n")
+    other.write_text("[train]\nbatch = 5\n")
+
+    def shown(*arguments: str) -> dict[str, dict[str, object]]:
+        assert main(["config", "show", "--json", *arguments]) == 0
+        content: dict[str, dict[str, object]] = json.loads(capsys.readouterr().out)
+        return content
+
+    assert shown()["train.batch"] == {"value": 2, "origin": str(default)}
+    assert shown("--config", str(other))["train.threads"] == {"value": 1, "origin": "the defaults"}
+    default.write_text("[train]\nbacth = 2\n")
+    assert main(["config", "show"]) == 2
+    assert f"unknown setting 'train.bacth' (from {default})" in capsys.readouterr().err
+
+
+def test_config_show_says_where_values_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text("[train]\nbatch = 2\nthreads = 3\n")
+    monkeypatch.setenv("BRANIAC_NODE__train__threads", "4")
+    arguments = ["config", "show", "--config", str(file), "--set", "train.nice=3", "--state-dir", str(tmp_path)]
+    assert main([*arguments, "--origins"]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        f"batch = 2  # from {file}",
+        "threads = 4  # from BRANIAC_NODE__train__threads",
+        "nice = 3  # from --set",
+        f'dir = "{tmp_path}"  # from the command line',
+        'tier = "auto"  # from the defaults',
+        "# learning_rate is not set  # from the defaults",
+    ):
+        assert line in text.splitlines()
+    file.write_text(text)
+    assert load_config(NodeConfig, file, {}, (), {}).train.nice == 3  # it is a file for --config all the same
+    assert main([*arguments[:4], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train.threads"]["value"] == 4
 
 
 def test_config_show_prints_a_file_that_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +347,7 @@ def test_status_for_people_and_for_programs() -> None:
         join_bytes_received=10, join_bytes_needed=2000,
     )  # fmt: skip
     reply.digests.add(fragment=1, ring=0, slot=409, digest=b"\xab\xcd")
-    text = commands.status_text(reply)
+    text = replies.status_text(reply)
     for wanted in (
         "training, joining 10 B of 2.0 kB", "tier 2 of 0..3", "slot 412 of 2 s", "no loss yet", "1.2 MB sent",
         "2 killed", "refused    none", "up 1h 01m", "           /ip4/5.6.7.8",
@@ -181,18 +360,62 @@ def test_status_for_people_and_for_programs() -> None:
     assert content["digests"] == [{"fragment": 1, "ring": 0, "slot": 409, "digest": "abcd"}]
     assert content["forfeited"] == {"killed": 2}
     reply.train_loss = 2.5
-    assert "loss 2.500 nats/byte" in commands.status_text(reply)
+    assert "loss 2.500 nats/byte" in replies.status_text(reply)
     assert commands.message_dict(reply)["train_loss"] == 2.5
+
+
+def test_status_tells_why_it_rests_and_within_which_bounds() -> None:
+    reply = control_pb2.StatusReply(
+        state="paused", peers_live=3, peers_by_tier={0: 1, 3: 2}, tokens_merged=12_000, reachability="public",
+        protocol_version=1, newest_protocol=2,
+        caps=control_pb2.Caps(
+            threads=2, duty_fraction=0.5, upload_bytes_per_s=50_000, daily_bytes=10_000_000, daily_bytes_used=2_500_000,
+            memory_bytes=4_000_000_000, memory_bytes_used=1_000_000_000,
+        ),
+    )  # fmt: skip
+    reply.reasons.add(code="manual", sentence="paused by hand", since_s=60, until_s=7200)
+    reply.reasons.add(code="quota", sentence="the day's traffic is used up", since_s=5)
+    lines = replies.status_text(reply).splitlines()
+    for wanted in (
+        "reasons    paused by hand (for 1m 00s now, 2h 00m to go)",
+        "           the day's traffic is used up (for 5s now)",
+        "caps       today 2.5 MB of 10.0 MB, memory 1.0 GB of 4.0 GB, upload 50.0 kB/s, training 50% of the time, "
+        "2 threads",
+        "reachable  yes, others can dial this node",
+        "record     12,000 tokens of this node merged, over all its lives",
+        "update     peers speak protocol 2, this node 1: install a newer braniac-node and restart",
+    ):
+        assert wanted in lines
+    assert "3 peers live (1 of tier 0, 2 of tier 3)" in replies.status_text(reply)
+    lines = replies.status_text(control_pb2.StatusReply(newest_protocol=1, protocol_version=1)).splitlines()
+    assert {"reasons    none to rest", "caps       none", "reachable  not known yet"} <= set(lines)
+    assert not [line for line in lines if line.startswith("update")]
+
+
+def test_contributions_for_people() -> None:
+    reply = control_pb2.ContributionsReply(first_slot=12, certificates=345)
+    assert replies.contributions_text(reply, 20) == "no merged contributions seen yet"
+    for number, tokens in enumerate((6000, 3000, 1000)):
+        reply.contributors.add(
+            peer_id=f"12D3KooW{number}", tier=number, contributions=10, tokens=tokens, me=number == 2
+        )
+    assert replies.contributions_text(reply, 1).splitlines() == [
+        "#  PEER                   TIER  MERGED  TOKENS  SHARE",
+        "1  12D3KooW0              0     10      6,000   60.0%",
+        "3  12D3KooW2 (this node)  2     10      1,000   10.0%",
+        "345 certificates counted, from slot 12 on",
+    ]
+    assert len(replies.contributions_text(reply, 20).splitlines()) == 5
 
 
 def test_peers_for_people() -> None:
     reply = control_pb2.PeersReply()
-    assert commands.peers_text(reply) == "no other peers yet"
+    assert replies.peers_text(reply) == "no other peers yet"
     reply.peers.add(peer_id="12D3KooWlonger", tier=1, state="silent", last_heard_s=80)
     reply.peers.add(
         peer_id="12D3KooWx", tier=3, state="live", last_heard_s=1.5, rtt_s=0.0123, merged=7, addresses=["/a"]
     )
-    assert commands.peers_text(reply).splitlines() == [
+    assert replies.peers_text(reply).splitlines() == [
         "PEER            TIER  STATE   HEARD       RTT    MERGED  ADDRESS",
         "12D3KooWx       3     live    1s ago      12 ms  7       /a",
         "12D3KooWlonger  1     silent  1m 20s ago  -      0       -",

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -16,8 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from braniac.node import control_pb2
-from braniac.node.control import PATH_BYTES_MAX, SERVICE, ControlClient, ControlServer
-from braniac.node.errors import AlreadyRunning, NodeError, NotRunning, ResourceError
+from braniac.node.control import PATH_BYTES_MAX, PAUSE_S_MAX, SERVICE, ControlClient, ControlServer
+from braniac.node.errors import AlreadyRunning, ConfigError, NodeError, NotRunning, ResourceError
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +53,20 @@ class Source:
         self.left.append(now)
 
 
+class GrowingSource(Source):
+    """A daemon that settles a slot between any two looks; every third one late, after two younger ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+
+    def status(self, since_slot: int) -> control_pb2.StatusReply:
+        self.looks += 1
+        settled = [1, 2, 0, 4, 5, 3, 7, 8, 6][: 3 + self.looks]
+        slots = [control_pb2.SlotRecord(slot=slot) for slot in settled if slot >= since_slot]
+        return control_pb2.StatusReply(state="training", slot=self.looks, slots=slots)
+
+
 class BrokenSource(Source):
     def status(self, since_slot: int) -> control_pb2.StatusReply:
         raise ZeroDivisionError("a bug of ours")
@@ -73,6 +88,13 @@ async def use(path: Path) -> None:
         assert [reason.code for reason in (await asyncio.to_thread(client.resume)).reasons] == ["battery_low"]
         assert (await asyncio.to_thread(client.reachability)).reachability == "public"
         assert (await asyncio.to_thread(client.contributions)).certificates == 7
+        with pytest.raises(ConfigError, match="a pause lasts from 0 to "):
+            await asyncio.to_thread(client.pause, -1.0)
+        with pytest.raises(ConfigError):
+            await asyncio.to_thread(client.pause, PAUSE_S_MAX + 1.0)
+        with pytest.raises(ConfigError):
+            await asyncio.to_thread(client.pause, float("nan"))
+        assert source.paused == [(60.0, True)]
         await asyncio.to_thread(client.leave, True)
         await asyncio.to_thread(client.leave)
         assert source.left == [True, False]
@@ -86,6 +108,58 @@ async def test_every_call_answers(tmp_path: Path) -> None:
 
 def test_every_call_answers_under_uvloop(tmp_path: Path) -> None:
     uvloop.run(use(tmp_path / "control.sock"))
+
+
+async def watch(path: Path) -> None:
+    """Each slot comes once, also one that is settled late; then the client ends it, then the server does."""
+    source, client = GrowingSource(), ControlClient(path)
+    async with ControlServer(path, source):
+        idle = asyncio.all_tasks()
+
+        def look(since_slot: int) -> list[list[int]]:
+            seen: list[list[int]] = []
+            cancels: list[Callable[[], object]] = []
+            for reply in client.watch(since_slot, 0.1, cancels.append):
+                seen.append([record.slot for record in reply.slots])
+                if len(seen) == 3:
+                    cancels[0]()
+            return seen
+
+        assert await asyncio.to_thread(look, 0) == [[1, 2, 0, 4], [5], [3]]
+        source.looks = 0
+        assert await asyncio.to_thread(look, 2) == [[2, 4], [5], [3]]
+        # The server learns of the end in its own time; gRPC's wait for the next call is none of ours.
+        if serving := {task for task in asyncio.all_tasks() - idle if "_request_registered_call" not in repr(task)}:
+            _, endless = await asyncio.wait(serving, timeout=60)
+            assert not endless
+        assert source.looks == 3
+
+        first = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def look_on() -> int:
+            count = 0
+            for _ in client.watch(period_s=3600.0):
+                count += 1
+                loop.call_soon_threadsafe(first.set)
+            return count
+
+        watching = asyncio.create_task(asyncio.to_thread(look_on))
+        await first.wait()
+    assert await watching == 1  # it did not wait for its hour
+
+
+async def test_watch(tmp_path: Path) -> None:
+    await watch(tmp_path / "control.sock")
+
+
+def test_watch_under_uvloop(tmp_path: Path) -> None:
+    uvloop.run(watch(tmp_path / "control.sock"))
+
+
+def test_nobody_to_watch_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(NotRunning, match="no daemon answers on "):
+        next(ControlClient(tmp_path / "control.sock").watch())
 
 
 async def test_a_path_with_odd_characters_is_taken_literally(tmp_path: Path) -> None:
@@ -174,6 +248,27 @@ async def test_health_and_reflection(tmp_path: Path) -> None:
         ]
         assert SERVICE == "braniac.control.v1.Control"
         assert set(listed) == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+
+
+async def health_is_watched(path: Path) -> None:
+    server = ControlServer(path, Source())
+    await server.start()
+    async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        seen = [(await call.read()).status]
+        stopping = asyncio.create_task(server.stop())
+        seen.append((await call.read()).status)
+        call.cancel()
+        await stopping
+    assert seen == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
+
+
+async def test_health_can_be_watched(tmp_path: Path) -> None:
+    await health_is_watched(tmp_path / "control.sock")
+
+
+def test_health_can_be_watched_under_uvloop(tmp_path: Path) -> None:
+    uvloop.run(health_is_watched(tmp_path / "control.sock"))
 
 
 async def test_stopping_twice_is_harmless(tmp_path: Path) -> None:

@@ -237,3 +237,21 @@ async def test_the_lag_keeps_a_bounded_number_of_samples() -> None:
     with pytest.raises(asyncio.CancelledError):
         await lag.run()
     assert lag.quantile(1) == pytest.approx(0, abs=1e-9)  # the slow start is forgotten
+
+
+async def test_a_node_at_rest_is_seldom_woken() -> None:
+    clock, rests, delays_s = FakeClock(), [False], []
+
+    async def sleep(delay_s: float) -> None:
+        delays_s.append(delay_s)
+        clock.advance(delay_s)
+        rests[0] = len(delays_s) >= 2
+        if len(delays_s) == 4:
+            raise asyncio.CancelledError
+
+    lag = EventLoopLag(new_metrics().event_loop_lag, clock, sleep, resting=lambda: rests[0])
+    with pytest.raises(asyncio.CancelledError):
+        await lag.run()
+    assert delays_s[0] == delays_s[1] < 0.1
+    assert delays_s[2] == delays_s[3] >= 1
+    assert lag.quantile(1) == pytest.approx(0, abs=1e-9)

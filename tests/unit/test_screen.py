@@ -19,8 +19,8 @@ def reply(**changes: object) -> StatusReply:
         "run_id": "ab12cd34ef56" + "0" * 52, "peer_id": "12D3KooWx", "state": "training", "uptime_s": 18_725,
         "peers_live": 3, "peers_by_tier": {0: 1, 2: 2}, "tier": 2, "tiers": 4, "parameters": 460_000,
         "tokens": 5_000_000, "tokens_per_s": 1234.4, "train_loss": 2.125, "slot": 412, "window": 51,
-        "contributions_merged": 97, "contributions_unacknowledged": 4, "tokens_merged": 7_000_000, "bytes_sent": 1_000_000,
-        "bytes_received": 4_000_000, "reachability": "private", "protocol_version": 1, "newest_protocol": 1,
+        "contributions_merged": 97, "contributions_unacknowledged": 4, "tokens_merged": 7_000_000,
+        "bytes_sent": 1_000_000, "bytes_received": 4_000_000, "reachability": "private", "protocol_version": 1, "newest_protocol": 1,
     }  # fmt: skip
     return StatusReply(**(fields | changes))  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ import pytest
 
 from braniac.node import status as status_module
 from braniac.node.clock import FakeClock, SwarmClock
-from braniac.node.commands import json_text, message_dict, peers_text, status_text
+from braniac.node.commands import json_text, message_dict
 from braniac.node.config import NetworkSection, NodeConfig, StateSection
 from braniac.node.exchange import Exchange
 from braniac.node.governor import Governor
@@ -19,10 +19,11 @@ from braniac.node.joiner import DownloadBar
 from braniac.node.metrics import EventLoopLag, Metrics
 from braniac.node.network import Network
 from braniac.node.policy import Policy
+from braniac.node.replies import peers_text, status_text
 from braniac.node.sensors import Sensors
 from braniac.node.startup import Equipment
 from braniac.node.status import Status
-from braniac.protocol import events
+from braniac.protocol import events, limits
 from braniac.protocol.identity import peer_id_text
 from braniac.protocol.wire import Heartbeat
 from tests.unit.node_harness import identity
@@ -185,6 +186,18 @@ def test_forfeits_and_the_download_are_told(watched: Watched) -> None:
     assert watched.status.status(0).join_bytes_received == 5100
 
 
+async def test_the_traffic_of_a_slot_is_without_downloads(watched: Watched) -> None:
+    exchange = watched.equipment.exchange
+    watched.status.take_part(watched.node.engine, watched.node.replica)
+    await watched.slot()
+    before = watched.node.engine.slot
+    exchange.received.update(message=30, blob=400, anchor=5000)
+    exchange.sent.update(message=7, blob=80, anchor=900)
+    await watched.slot()
+    [record] = [record for record in watched.status.status(before).slots if record.slot == before]
+    assert (record.bytes_received, record.bytes_sent) == (430, 87)
+
+
 async def test_what_is_remembered_is_bounded(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_module, "_RECORDS_MAX", 5)
     watched.status.take_part(watched.node.engine, watched.node.replica)
@@ -199,3 +212,47 @@ async def test_leave_is_passed_on(watched: Watched) -> None:
     await watched.status.leave(True)
     await watched.status.leave(False)
     assert watched.left == [True, False]
+
+
+# --- contributions and reachability ----------------------------------------------------------------------------------
+
+
+async def test_contributions_are_those_of_the_certificates(watched: Watched) -> None:
+    assert not watched.status.contributions().contributors
+    watched.status.take_part(watched.node.engine, watched.node.replica)
+    for _ in range(8):
+        await watched.slot()
+    reply, status = watched.status.contributions(), watched.status.status(0)
+    (mine,) = reply.contributors
+    assert (mine.peer_id, mine.tier, mine.me) == (peer_id_text(ME.peer_id), 0, True)
+    assert mine.contributions == reply.certificates == status.contributions_merged > 0
+    assert mine.tokens == status.tokens_merged > 0
+    assert reply.first_slot == min(record.slot for record in status.slots if record.outcome == "merged")
+    assert watched.metric("braniac_tokens_merged") == mine.tokens
+
+
+async def test_contributions_survive_a_restart(tmp_path: Path) -> None:
+    first = Watched(tmp_path)
+    first.status.take_part(first.node.engine, first.node.replica)
+    for _ in range(8):
+        await first.slot()
+    await first.node.commit()
+    before = first.status.contributions()
+    await asyncio.to_thread(first.node.close)
+    again = Watched(tmp_path)
+    again.status.take_part(again.node.engine, again.node.replica)
+    assert again.status.contributions() == before
+    assert again.status.status(0).tokens_merged == before.contributors[0].tokens
+    await asyncio.to_thread(again.node.close)
+
+
+async def test_reachability_before_a_run(watched: Watched) -> None:
+    reply = await watched.status.reachability()
+    assert (reply.reachability, reply.detail) == ("unknown", "this node has not joined a run yet")
+    assert watched.status.status(0).reachability == "unknown"
+
+
+def test_the_newest_protocol_that_was_heard(watched: Watched) -> None:
+    assert watched.status.status(0).newest_protocol == limits.PROTOCOL_VERSION
+    watched.equipment.exchange.hear_version(limits.PROTOCOL_VERSION + 1)
+    assert watched.status.status(0).newest_protocol == limits.PROTOCOL_VERSION + 1
