@@ -17,6 +17,14 @@ from tests.procs.chromium import Page
 from tests.procs.helpers import Node, Nodes, nodes_below, until
 
 pytestmark = pytest.mark.timeout(300)
+WITH_A_LONG_WORD = """(() => {
+    const line = document.createElement("li");
+    line.textContent = "/ip4/192.0.2.7/tcp/4001".repeat(30);
+    document.querySelector("#reasons").append(line);
+    const width = document.documentElement.scrollWidth;
+    line.remove();
+    return width;
+})()"""
 SCREENS = [(1280, 800, "light"), (1280, 800, "dark"), (390, 844, "light"), (390, 844, "dark")]
 
 
@@ -106,6 +114,7 @@ def look(page: Page, width: int, height: int, scheme: str, folder: Path) -> None
     page.show(width, height, scheme)
     assert page.run("matchMedia('(prefers-color-scheme: dark)').matches") is (scheme == "dark")
     assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run(WITH_A_LONG_WORD) <= width
     picture = page.screenshot(folder / f"{width}-{scheme}.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert struct.unpack(">II", picture[16:24]) == (width, height)

@@ -207,8 +207,8 @@ async def test_pause_and_resume(server: WebServer, source: Source) -> None:
 async def test_a_pause_that_makes_no_sense(server: WebServer, source: Source) -> None:
     for body in (
         b"", b"[]", b"null", b"\xff", b'{"seconds": -1}', b'{"seconds": "60"}', b'{"seconds": NaN}',
-        b'{"seconds": true}', b'{"finish": 1}', b'{"second": 60}', b'{"seconds": %d}' % (PAUSE_S_MAX + 1), b'{"seconds": Infinity}',
-        b"[" * 2000,
+        b'{"seconds": true}', b'{"finish": 1}', b'{"second": 60}', b'{"seconds": %d}' % (PAUSE_S_MAX + 1),
+        b'{"seconds": Infinity}', b"[" * 2000,
     ):  # fmt: skip
         status, _, answer = await ask(server, request(server, "POST", "/api/pause", body))
         assert (status, answer[:8]) == (400, 'send {"s'), body[:40]
