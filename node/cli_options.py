@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # pydantic loads only for the commands that read a configurat
 
 _Root = TypeVar("_Root", bound="Root")
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings, instead of the default one.")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. train.batch=4; repeatable. Flags win over it."),
@@ -27,10 +29,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 def merged(root: type[_Root], file: Path | None, sets: Sequence[str] | None, **flags: object) -> _Root:
     """Configuration from all five layers; a flag's keyword is its setting's key with `__` for the dot."""
-    from braniac.node.settings_merge import load_config
+    return merged_with_origins(root, file, sets, **flags)[0]
 
+
+def merged_with_origins(
+    root: type[_Root], file: Path | None, sets: Sequence[str] | None, **flags: object
+) -> tuple[_Root, Mapping[tuple[str, ...], str]]:
+    """The same, and who set each (section, key) that is not as by default."""
+    from braniac.node.settings_merge import load_with_origins
+
+    if file is None and root.DEFAULT_FILE is not None and (default := root.DEFAULT_FILE()).exists():
+        file = default
     named = {key.replace("__", "."): flag for key, flag in flags.items()}
-    return load_config(root, file, os.environ, sets or (), named)
+    return load_with_origins(root, file, os.environ, sets or (), named)
 
 
 def node_config(file: Path | None, sets: Sequence[str] | None, **flags: object) -> NodeConfig:

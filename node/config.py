@@ -6,6 +6,7 @@ from what a person typed. A section is frozen, so the daemon can hand it to any 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
@@ -13,12 +14,18 @@ from typing import Annotated, ClassVar, Literal, get_args
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from braniac.node import schedule
 from braniac.protocol.limits import FRAGMENTS_MAX, TILE_SIZE_MAX
 
 
 def default_state_dir() -> Path:
     """Where a node keeps its key and checkpoints when nobody says otherwise, e.g. ~/.local/share/braniac."""
     return platformdirs.user_data_path("braniac")
+
+
+def default_config_file() -> Path:
+    """The settings that are read when nobody names another file, e.g. ~/.config/braniac/node.toml."""
+    return platformdirs.user_config_path("braniac") / "node.toml"
 
 
 def control_socket_path(state_dir: Path) -> Path:
@@ -39,6 +46,19 @@ def _whole(path: Path) -> Path:
     return path.expanduser().absolute()
 
 
+def _checked_hours(text: str) -> str:
+    schedule.parse_window(text)
+    return text
+
+
+def _whole_hours(value: object) -> object:
+    """A list whose text was cut at its commas, as on the command line, put together again."""
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return schedule.join_days(value)
+    return value
+
+
+Hours = Annotated[str, AfterValidator(_checked_hours)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 StatePath = Annotated[Path, AfterValidator(_whole)]
 
@@ -68,6 +88,8 @@ class Root(Section):
     """The command that lists all settings."""
     STATE_DIRECTORY: ClassVar[tuple[str, str] | None] = None
     """Section and key of the folder that systemd's variable of this name decides, if any."""
+    DEFAULT_FILE: ClassVar[Callable[[], Path] | None] = None
+    """Which file is read, if it is there, when none is named."""
 
 
 class NetworkSection(Section):
@@ -85,6 +107,8 @@ class NetworkSection(Section):
     """Refuse to join any run but this one (64 hex digits)."""
     nat: bool = False
     """Whether this device sits behind a router: ask it for a port, use relays, punch holes."""
+    relay_service: bool = False
+    """Whether to pass on what others send to peers behind routers; for nodes that everybody can dial."""
     call_timeout_s: float = Field(default=10.0, ge=0.1, le=600)
     """Deadline of one call to a peer."""
 
@@ -106,6 +130,8 @@ class RunSection(Section):
     """Values a peer sends of each 64x64 tile; not set: the preset's own."""
     down_per_tile: int | None = Field(default=None, ge=1, le=TILE_SIZE_MAX)
     """Values the merged update holds of each 64x64 tile; not set: the preset's own."""
+    file: UserPath | None = None
+    """Signed run file of `braniac-node init`: found that run, or join no other; then nothing else of this section."""
 
 
 class TrainSection(Section):
@@ -116,7 +142,7 @@ class TrainSection(Section):
     batch: int = Field(default=8, ge=1, le=4096)
     """Sequences per step."""
     learning_rate: float | None = Field(default=None, gt=0, le=10)
-    """Step size of the inner optimizer; not set: the preset's own."""
+    """Step size of the inner optimizer; not set: the run's own."""
     threads: int = Field(default=1, ge=1, le=256)
     """CPU threads for training."""
     nice: int = Field(default=10, ge=0, le=19)
@@ -162,7 +188,7 @@ class PolicySection(Section):
     """Rest while other programs use more than this share of all cores; 100: never."""
     metered: bool = True
     """Whether to work over a connection that is paid by the byte."""
-    schedule: tuple[str, ...] = ()
+    schedule: Annotated[tuple[Hours, ...], BeforeValidator(_whole_hours)] = ()
     """Local hours to work in, e.g. "mon-fri 20:00-06:00"; empty: always."""
     dwell_s: float = Field(default=60.0, ge=0, le=86_400)
     """Least time between resting and going on, and between going on and resting again."""
@@ -230,6 +256,7 @@ class NodeConfig(Root):
     ENVIRONMENT_PREFIX: ClassVar[str] = "BRANIAC_NODE__"
     SHOWN_BY: ClassVar[str] = "braniac-node config show"
     STATE_DIRECTORY: ClassVar[tuple[str, str] | None] = ("state", "dir")
+    DEFAULT_FILE: ClassVar[Callable[[], Path] | None] = default_config_file
 
     network: NetworkSection = NetworkSection()
     run: RunSection = RunSection()

@@ -13,6 +13,7 @@ from braniac.model.trainer import TrainSettings, memory_bytes_needed
 from braniac.node import bridge
 from braniac.node.config import RunSection, Tier, TrainSection
 from braniac.node.errors import ConfigError, ResourceError
+from braniac.node.run_data import run_data
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest, MergeRules, sign_manifest
@@ -63,10 +64,15 @@ def found_run(run: RunSection, identity: Identity, now: float) -> tuple[Manifest
 
 
 def train_settings(train: TrainSection, manifest: Manifest) -> TrainSettings:
-    """How this node trains in that run."""
-    defaults = TrainSettings()
+    """How this node trains in that run. Raises Incompatible for a recipe that this version does not know."""
+    optimizer = run_data(manifest).optimizer
     return TrainSettings(
-        learning_rate=train.learning_rate or defaults.learning_rate, batch=train.batch, seed=manifest.seed
+        learning_rate=train.learning_rate or optimizer.learning_rate,
+        adam_learning_rate=optimizer.adam_learning_rate,
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        batch=train.batch,
+        seed=manifest.seed,
     )
 
 
@@ -82,13 +88,30 @@ def free_memory_bytes() -> int:
     return free
 
 
-def choose_tier(wanted: Tier, config: ModelConfig, settings: TrainSettings, free_bytes: int) -> int:
-    """The tier to train: the wanted one, or the largest that fits. Raises ConfigError, ResourceError."""
+def memory_left_bytes(cap_mib: int) -> int | None:
+    """What a cap on this process's memory leaves to the trainer; None without a cap."""
+    return cap_mib * 2**20 - psutil.Process().memory_info().rss if cap_mib else None
+
+
+def choose_tier(
+    wanted: Tier, config: ModelConfig, settings: TrainSettings, free_bytes: int, left_bytes: int | None = None
+) -> int:
+    """The tier to train: the wanted one, or the largest that fits. Raises ConfigError, ResourceError.
+
+    `left_bytes` is what the owner's cap leaves, all of which may be used; of what is free only a part may.
+    """
     needs = [memory_bytes_needed(config, tier, settings) for tier in range(config.tiers)]
     budget = int(free_bytes * _SHARE_OF_FREE_MEMORY)
+    if left_bytes is not None:
+        budget = min(budget, left_bytes)
     if wanted != "auto":
         if wanted >= config.tiers:
             raise ConfigError(f"this run has no tier {wanted}: choose one from 0 to {config.tiers - 1}, or --tier auto")
+        if left_bytes is not None and needs[wanted] > left_bytes:
+            raise ResourceError(
+                f"tier {wanted} needs {_mib(needs[wanted])} and caps.memory_mib leaves {_mib(max(0, left_bytes))}: "
+                "raise it, or use --tier auto"
+            )
         if needs[wanted] > free_bytes:
             raise ResourceError(
                 f"tier {wanted} needs {_mib(needs[wanted])} and {_mib(free_bytes)} are free: use --tier auto"
@@ -97,9 +120,8 @@ def choose_tier(wanted: Tier, config: ModelConfig, settings: TrainSettings, free
     for tier, need in enumerate(needs):
         if need <= budget:
             return tier
-    raise ResourceError(
-        f"even the smallest tier needs {_mib(needs[-1])} and {_mib(budget)} may be used: close other programs"
-    )
+    remedy = "raise caps.memory_mib" if budget == left_bytes else "close other programs"
+    raise ResourceError(f"even the smallest tier needs {_mib(needs[-1])} and {_mib(budget)} may be used: {remedy}")
 
 
 def _mib(count: int) -> str:

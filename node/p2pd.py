@@ -58,7 +58,9 @@ class P2pdOptions:
 
     listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)  # multiaddrs without a peer id; port 0 takes any free one
     announce: Sequence[str] = ()  # what to tell others instead, for a router that forwards a port
-    behind_nat: bool = False  # ask the router for a port (UPnP), punch holes, use relays
+    behind_nat: bool = False  # nobody can dial us: ask the router for a port (UPnP), punch holes, use relays
+    relays: Sequence[str] = ()  # multiaddrs of peers that may relay for us, each ending in /p2p/<its id>
+    relay_service: bool = False  # relay for others
     socket_dir: Path | None = None  # where the control socket's private directory is made; None: the system's place
 
 
@@ -78,7 +80,7 @@ class P2pd:
     async def start(cls, identity_path: Path, options: P2pdOptions) -> P2pd:
         """Start the daemon under the key at `identity_path`. Raises ConfigError, ResourceError."""
         for address in options.listen:
-            _check_listen(address)
+            check_listen(address)
         for address in options.announce:
             _check_announce(address)
         directory = _private_directory(options.socket_dir)
@@ -131,6 +133,12 @@ class P2pd:
         """The daemon's peer id, and the multiaddrs (without it) at which it believes to be reachable."""
         response = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         return response.identify.id, [str(Multiaddr(address)) for address in response.identify.addrs]
+
+    async def connected_from(self, peer: bytes) -> list[str]:
+        """The multiaddrs of the other ends of the connections with `peer`."""
+        response = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+        found = [bytes(address) for known in response.peers if known.id == peer for address in known.addrs]
+        return [str(Multiaddr(address)) for address in found]
 
     async def wait_dead(self) -> None:
         """Return when the process ended, or when our connection to it can carry nothing more."""
@@ -208,7 +216,7 @@ def _private_directory(parent: Path | None) -> Path:
 
 
 def _command(identity_path: Path, control: Path, options: P2pdOptions) -> list[str]:
-    nat = int(options.behind_nat)
+    nat, service = int(options.behind_nat), int(options.relay_service)
     flags: dict[str, object] = {
         "id": identity_path,
         "listen": f"/unix{control}",
@@ -218,19 +226,24 @@ def _command(identity_path: Path, control: Path, options: P2pdOptions) -> list[s
         "b": 0,  # no bootstrap peers: it would refuse to start without them; we connect later
         "connManager": 1,
         "tls": 1,
-        "autonat": nat,
+        "autonat": nat | service,  # tell others whether they can be dialled, and punch holes
         "natPortMap": nat,
-        "relay": nat,
+        "relay": 1,  # to dial peers through relays; without it only those with -relay could talk to them
+        "relayService": service,
         "autoRelay": nat,
+        "forceReachabilityPrivate": nat,  # a relay at once, not when others have found out
+        "forceReachabilityPublic": service,  # else it relays only when others have found out
     }
+    if options.behind_nat and options.relays:
+        flags["trustedRelays"] = ",".join(options.relays)
     if options.announce:
         flags["announceAddrs"] = ",".join(options.announce)
     binary = Path(str(files("hivemind") / "hivemind_cli" / "p2pd"))
     return [str(binary), *(f"-{name}={value}" for name, value in flags.items())]
 
 
-def _check_listen(address: str) -> None:
-    """Refuse what is no address, and a port that is taken.
+def check_listen(address: str) -> None:
+    """Refuse what is no address, and a port that is taken. Raises ConfigError, ResourceError.
 
     The daemon listens with SO_REUSEPORT, so two daemons on one port would silently share each other's connections.
     """

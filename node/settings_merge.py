@@ -24,6 +24,8 @@ from braniac.node.errors import ConfigError
 
 _Root = TypeVar("_Root", bound=Root)
 
+DEFAULTS = "the defaults"
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -46,6 +48,13 @@ def load_config(
     `sets` are the arguments of `--set`; `flags` maps dotted keys to values, None meaning that the flag was not given.
     Raises ConfigError.
     """
+    return load_with_origins(root, file, environ, sets, flags)[0]
+
+
+def load_with_origins(
+    root: type[_Root], file: Path | None, environ: Mapping[str, str], sets: Sequence[str], flags: Mapping[str, object]
+) -> tuple[_Root, Mapping[tuple[str, ...], str]]:
+    """The same, and who set each (section, key) that is not as by default."""
     settings = [*_from_systemd(root, environ)]
     if file is not None:
         settings += _from_file(root, file)
@@ -58,7 +67,7 @@ def load_config(
         _apply(root, tree, setting)
         origins[setting.path[:2]] = setting.origin
     try:
-        return root.model_validate(tree)
+        return root.model_validate(tree), origins
     except ValidationError as error:
         raise ConfigError(_sentence(error.errors(include_url=False)[0], origins)) from None
 
@@ -166,7 +175,7 @@ def _apply(root: type[Root], tree: dict[str, dict[str, Any]], setting: Setting) 
     if items is None:
         items = getattr(getattr(root(), section), key)
     if not isinstance(items, list | tuple):
-        raise ConfigError(f"{section}.{key} = {_shown(items)} is not a list: give it as [item, item]")
+        raise ConfigError(f"{section}.{key} = {shown_text(items)} is not a list: give it as [item, item]")
     if not index[0].isdecimal() or int(index[0]) >= len(items):
         count = f"{len(items)} item{'' if len(items) == 1 else 's'}, counted from 0"
         hint = "" if items else ": set the whole list first, as in item,item"
@@ -176,11 +185,12 @@ def _apply(root: type[Root], tree: dict[str, dict[str, Any]], setting: Setting) 
 
 def _sentence(error: ErrorDetails, origins: Mapping[tuple[str, ...], str]) -> str:
     path = tuple(str(part) for part in error["loc"])
-    origin = origins.get(path[:2], "the defaults")
-    return f"{'.'.join(path)} = {_shown(error['input'])} (from {origin}) cannot be used: expected {_expected(error)}"
+    origin = origins.get(path[:2], DEFAULTS)
+    value = shown_text(error["input"])
+    return f"{'.'.join(path)} = {value} (from {origin}) cannot be used: expected {expected_text(error)}"
 
 
-def _expected(error: ErrorDetails) -> str:
+def expected_text(error: ErrorDetails) -> str:
     """What pydantic wanted, as the end of a sentence."""
     match error["type"]:
         case "string_pattern_mismatch":
@@ -197,13 +207,17 @@ def _expected(error: ErrorDetails) -> str:
     return message.replace("valid tuple", "list").replace("String should have", "text of")
 
 
-def _shown(value: object) -> str:
+def shown_text(value: object) -> str:
+    """A value as a message quotes it, not too long."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def render_toml(config: Root) -> str:
-    """The whole configuration as a TOML file with a comment per key; reading it back gives the same configuration."""
+def render_toml(config: Root, origins: Mapping[tuple[str, ...], str] | None = None) -> str:
+    """The whole configuration as a TOML file with a comment per key; reading it back gives the same configuration.
+
+    With `origins`, each line also says where its value came from.
+    """
     lines: list[str] = []
     for section, fields in _sections(type(config)).items():
         lines += [f"[{section}]"]
@@ -212,6 +226,21 @@ def render_toml(config: Root) -> str:
             lines.append(f"# {' '.join((field.description or '').split())}")
             # A JSON scalar or list of strings is also a TOML value, except that JSON leaves DEL as it is.
             text = json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")
-            lines.append(f"# {key} is not set" if value is None else f"{key} = {text}")
+            line = f"# {key} is not set" if value is None else f"{key} = {text}"
+            lines.append(line if origins is None else f"{line}  # from {_origin(origins, section, key)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def values_and_origins(config: Root, origins: Mapping[tuple[str, ...], str]) -> dict[str, dict[str, object]]:
+    """Every dotted key with its `value`, as plain JSON, and its `origin`."""
+    plain = config.model_dump(mode="json")
+    return {
+        f"{section}.{key}": {"value": plain[section][key], "origin": _origin(origins, section, key)}
+        for section, fields in _sections(type(config)).items()
+        for key in fields
+    }
+
+
+def _origin(origins: Mapping[tuple[str, ...], str], section: str, key: str) -> str:
+    return origins.get((section, key), DEFAULTS)

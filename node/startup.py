@@ -13,13 +13,13 @@ from braniac.model.config import ModelConfig
 from braniac.model.data import Batches
 from braniac.model.sources import TextSource
 from braniac.model.trainer import Trainer, TrainSettings
-from braniac.node import bridge, joiner
+from braniac.node import bridge, consent, joiner, run_file
 from braniac.node.checkpoint import Saved, Totals, from_generation, load_tensors
 from braniac.node.clock import Clock, SwarmClock
-from braniac.node.config import NodeConfig
+from braniac.node.config import NodeConfig, RunSection
 from braniac.node.errors import ConfigError, Incompatible
 from braniac.node.exchange import Exchange
-from braniac.node.founding import choose_tier, found_run, free_memory_bytes, train_settings
+from braniac.node.founding import choose_tier, found_run, free_memory_bytes, memory_left_bytes, train_settings
 from braniac.node.metrics import Metrics
 from braniac.node.network import Network
 from braniac.node.replica import Replica
@@ -27,10 +27,12 @@ from braniac.node.store import Store
 from braniac.node.trainer_thread import TrainerThread
 from braniac.protocol.engine import Engine
 from braniac.protocol.history import History
-from braniac.protocol.identity import Identity
+from braniac.protocol.identity import Identity, peer_id_text
 from braniac.protocol.manifest import Manifest
 
 log = structlog.get_logger(__name__)
+
+_PLAIN = RunSection()
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Equipment:
     identity: Identity
     network: Network
     exchange: Exchange
+    ask: consent.Ask | None = None
+    """Asks the person at the terminal before the first download; None: go on without asking."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Membership:
     saved: Saved | None
     incarnation: int
     """Grows with every start, so that no sequence number is used twice."""
+    founded: bool = False
+    """Whether this node has just begun the run, and nobody else has anything of it."""
 
 
 async def join_run(node: Equipment) -> Membership:
@@ -64,26 +70,56 @@ async def join_run(node: Equipment) -> Membership:
     Raises ConfigError, Incompatible, StateError, and ManifestError for a run that cannot be joined.
     """
     _check_data(node.config)
+    given = _given_run(node.config)
     incarnation = int(node.clock.wall())
     generation = await asyncio.to_thread(node.store.recover)
     for number, reason in node.store.skipped:
         log.warning("passed over a damaged generation", generation=number, reason=reason)
     if generation is not None:
         saved = from_generation(generation)
-        _check_pinned(node.config, saved.manifest)
+        _check_pinned(node.config, saved.manifest, given)
         await _resume_time(node, saved)
         log.info("resuming", generation=generation.number, step=saved.step, tier=saved.tier)
         return Membership(saved.manifest, saved.signed_manifest, saved, max(incarnation, saved.incarnation + 1))
     if node.config.network.peers:
         node.metrics.set_state("joining")
         manifest, signed = await joiner.find_run(node.network, node.exchange)
-        _check_pinned(node.config, manifest)
+        _check_pinned(node.config, manifest, given)
+        await _agree(node, manifest)
         node.swarm_clock.step()
         return Membership(manifest, signed, None, incarnation)
-    manifest, body, signature = found_run(node.config.run, node.identity, node.clock.wall())
-    _check_pinned(node.config, manifest)
-    log.info("founded a run", name=manifest.name, preset=node.config.run.preset, slot_s=manifest.slot_s)
-    return Membership(manifest, (body, signature), None, incarnation)
+    if given is not None:
+        manifest, signed = given
+        if manifest.founder != node.identity.peer_id:
+            raise ConfigError(
+                f"the run in {node.config.run.file} was founded by {peer_id_text(manifest.founder)}, not by this node: "
+                "give --peers or a join link to find it"
+            )
+    else:
+        manifest, body, signature = found_run(node.config.run, node.identity, node.clock.wall())
+        signed = (body, signature)
+    _check_pinned(node.config, manifest, None)
+    log.info("founded a run", name=manifest.name, slot_s=manifest.slot_s)
+    return Membership(manifest, signed, None, incarnation, founded=True)
+
+
+def _given_run(config: NodeConfig) -> tuple[Manifest, tuple[bytes, bytes]] | None:
+    """The run in the file that was named, if any. Raises ConfigError, VersionMismatch."""
+    if config.run.file is None:
+        return None
+    more = [key for key in config.run.model_fields_set - {"file"} if getattr(config.run, key) != getattr(_PLAIN, key)]
+    if more:
+        raise ConfigError(
+            f"run.{min(more)} is for a new run, and the run in {config.run.file} is fixed: drop it, or drop --run"
+        )
+    return run_file.read(config.run.file)
+
+
+async def _agree(node: Equipment, manifest: Manifest) -> None:
+    """Say what taking part costs, and ask where somebody can answer. Raises NodeError, and what `equip` raises."""
+    model, settings = bridge.model_of(manifest)[0], train_settings(node.config.train, manifest)
+    tier = _tier(node.config, None, model, settings)
+    await consent.before_the_first_download(node.config, manifest, model, settings, tier, node.ask)
 
 
 async def _resume_time(node: Equipment, saved: Saved) -> None:
@@ -105,8 +141,14 @@ def _check_data(config: NodeConfig) -> None:
             raise ConfigError(f"{path} does not exist: give the path of a text file or of a folder with some")
 
 
-def _check_pinned(config: NodeConfig, manifest: Manifest) -> None:
-    pinned, found = config.network.run_id, manifest.run_id.hex()
+def _check_pinned(config: NodeConfig, manifest: Manifest, given: tuple[Manifest, tuple[bytes, bytes]] | None) -> None:
+    found = manifest.run_id.hex()
+    if given is not None and given[0].run_id != manifest.run_id:
+        raise Incompatible(
+            f"this is run {found[:12]}..., not {given[0].run_id.hex()[:12]}... of {config.run.file}: "
+            "check --run, --peers and --state-dir"
+        )
+    pinned = config.network.run_id
     if pinned is not None and found != pinned:
         raise Incompatible(
             f"this is run {found[:12]}..., not {pinned[:12]}...: check --run-id, --peers and --state-dir"
@@ -131,13 +173,20 @@ async def equip(node: Equipment, membership: Membership) -> AsyncIterator[tuple[
         trainer.load_state(load_tensors(node.store, saved.weights, saved.optimizer), {"step": saved.step})
     totals = saved.totals if saved else Totals()
     train = node.config.train
-    thread = TrainerThread(trainer, node.clock, threads=train.threads, nice=train.nice, tokens=totals.tokens)
+    thread = TrainerThread(
+        trainer,
+        node.clock,
+        threads=train.threads,
+        nice=train.nice,
+        tokens=totals.tokens,
+        duty_percent=node.config.caps.duty_percent,
+    )
     replica = Replica(node.store, manifest, membership.signed, tier, model, thread, totals)
     history = saved.history if saved else History(manifest)
     if saved is not None:
         replica.anchors, replica.generation = dict(saved.anchors), saved.generation
         node.metrics.checkpoint_generation.set(saved.generation)
-    elif manifest.founder == node.identity.peer_id:
+    elif membership.founded:
         history.begin(manifest.held(tier))
         await asyncio.to_thread(replica.begin)
     now = node.swarm_clock.now()
@@ -155,7 +204,7 @@ def _tier(config: NodeConfig, saved: Saved | None, model: ModelConfig, settings:
     """The tier on disk, or the one that fits."""
     wanted = config.train.tier
     if saved is None:
-        return choose_tier(wanted, model, settings, free_memory_bytes())
+        return choose_tier(wanted, model, settings, free_memory_bytes(), memory_left_bytes(config.caps.memory_mib))
     if wanted not in ("auto", saved.tier):
         raise Incompatible(f"{config.state.dir} holds tier {saved.tier}: drop --tier, or use another --state-dir")
     return saved.tier

@@ -23,7 +23,7 @@ from braniac.node.errors import NodeError
 SLOT_S = 0.5
 PATIENCE_S = 60.0
 COMMAND = [sys.executable, "-m", "braniac.node"]
-ENVIRONMENT = {**os.environ, "BRANIAC_DEBUG": "0", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "BRANIAC_DEBUG": "0", "OMP_NUM_THREADS": "1", "XDG_CONFIG_HOME": "/nowhere"}
 
 _Result = TypeVar("_Result")
 

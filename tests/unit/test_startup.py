@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from braniac.node import identity_file
+from braniac.node import identity_file, run_file
 from braniac.node.clock import FakeClock, SwarmClock
 from braniac.node.config import DataSection, NetworkSection, NodeConfig, RunSection, StateSection, TrainSection
-from braniac.node.errors import ConfigError, Incompatible
+from braniac.node.errors import ConfigError, Incompatible, NodeError
 from braniac.node.exchange import Exchange
 from braniac.node.metrics import Metrics
 from braniac.node.network import Network
@@ -20,7 +20,10 @@ from braniac.node.p2pd import P2pdOptions
 from braniac.node.startup import Equipment, equip, join_run
 from braniac.node.store import Store
 from braniac.node.transport_memory import MemoryNetwork, MemoryTransport
-from tests.unit.node_harness import EPOCH_S, TEXT, write_run
+from braniac.protocol import messages_pb2 as pb
+from braniac.protocol.identity import Identity, PeerId
+from braniac.protocol.manifest import Manifest, sign_manifest
+from tests.unit.node_harness import EPOCH_S, TEXT, identity, make_manifest, write_run
 
 
 class Starter:
@@ -32,13 +35,22 @@ class Starter:
         self.stores: list[Store] = []
         (root / "text.txt").write_bytes(TEXT.tobytes())
 
-    def equipment(self, name: str = "n0", *, tier: object = "auto", run_id: str | None = None) -> Equipment:
+    def equipment(
+        self,
+        name: str = "n0",
+        *,
+        tier: object = "auto",
+        run_id: str | None = None,
+        run: RunSection | None = None,
+        peers: tuple[str, ...] = (),
+        memory: MemoryNetwork | None = None,
+    ) -> Equipment:
         for store in self.stores:
             store.close()
         state_dir = self.root / name
         config = NodeConfig(
-            network=NetworkSection(run_id=run_id),
-            run=RunSection(slot_s=1.0),
+            network=NetworkSection(run_id=run_id, peers=peers),
+            run=run or RunSection(slot_s=1.0),
             train=TrainSection.model_validate({"tier": tier, "batch": 2, "nice": 0}),
             data=DataSection(paths=(self.root / "text.txt",)),
             state=StateSection(dir=state_dir),
@@ -46,10 +58,10 @@ class Starter:
         store, metrics, swarm_clock = Store.open(state_dir), Metrics("test", 1), SwarmClock(self.clock)
         self.stores.append(store)
         identity = identity_file.load_or_create(state_dir / "identity.key")
-        memory = MemoryNetwork()
+        hub = memory or MemoryNetwork()
 
         async def start_transport(path: Path, options: P2pdOptions) -> MemoryTransport:
-            return memory.join(identity.peer_id)
+            return hub.join(identity.peer_id)
 
         network = Network(
             config.network, state_dir / "identity.key", identity, self.clock, start_transport=start_transport
@@ -150,3 +162,103 @@ async def test_a_wrong_path_is_named_before_anything_else(starter: Starter) -> N
     (starter.root / "text.txt").unlink()
     with pytest.raises(ConfigError, match=r"text\.txt does not exist"):
         await join_run(starter.equipment())
+
+
+# --- runs from a file, and what is asked before joining --------------------------------------------------------------
+
+
+def write_file(path: Path, founder: Identity) -> Manifest:
+    """A signed run file."""
+    manifest = make_manifest(founder, epoch_s=EPOCH_S)
+    run_file.write(path, *sign_manifest(manifest, founder), overwrite=True)
+    return manifest
+
+
+async def test_the_run_in_a_file_is_founded_by_who_signed_it(starter: Starter) -> None:
+    path = starter.root / "run.braniac"
+    node = starter.equipment(run=RunSection(file=path))
+    manifest = write_file(path, node.identity)
+    membership = await join_run(node)
+    assert (membership.manifest, membership.founded) == (manifest, True)
+    async with equip(node, membership) as (replica, engine):
+        assert set(engine.anchors()) == set(manifest.held(0))  # it begins from the initial weights
+        await replica.commit(engine, membership.incarnation, (0.0, node.swarm_clock.now()), {}, None)
+    again = await join_run(starter.equipment(run=RunSection(file=path)))
+    assert again.manifest == manifest
+    assert not again.founded
+    write_file(path, identity(5))
+    with pytest.raises(Incompatible, match=r"not .*\.\.\. of .*run\.braniac: check --run"):
+        await join_run(starter.equipment(run=RunSection(file=path)))
+
+
+async def test_the_run_in_a_file_cannot_be_founded_by_others(starter: Starter) -> None:
+    path = starter.root / "run.braniac"
+    write_file(path, identity(5))
+    with pytest.raises(ConfigError, match="not by this node: give --peers or a join link"):
+        await join_run(starter.equipment(run=RunSection(file=path)))
+    with pytest.raises(ConfigError, match=r"run\.seed is for a new run"):
+        await join_run(starter.equipment(run=RunSection(file=path, seed=1)))
+    with pytest.raises(ConfigError, match="cannot read the run file"):
+        await join_run(starter.equipment(run=RunSection(file=starter.root / "none")))
+
+
+class Door:
+    """A node that serves a run's manifest on a memory network, and one that is told where it is."""
+
+    def __init__(self, starter: Starter, run: RunSection | None = None) -> None:
+        self.memory = MemoryNetwork()
+        self.host = self.memory.join(identity(7).peer_id)
+        [address] = self.host.addresses()
+        self.joiner = starter.equipment("joiner", run=run, peers=(address,), memory=self.memory, tier=3)
+
+    async def open(self, manifest: Manifest, founder: Identity) -> Equipment:
+        """Serve that run: the node that may join."""
+        body, signature = sign_manifest(manifest, founder)
+        signed = pb.SignedManifest(body=body, signature=signature).SerializeToString()
+        reply = pb.Reply(manifest=signed, swarm_time_s=EPOCH_S + 100).SerializeToString()
+
+        async def answer(peer: PeerId, request: bytes) -> bytes:
+            return reply
+
+        await self.host.serve(answer)
+        await self.joiner.network.start(answer)
+        return self.joiner
+
+
+async def test_nothing_is_joined_before_a_person_agrees(starter: Starter) -> None:
+    founder, asked = identity(7), []
+    manifest = make_manifest(founder)
+    node = await Door(starter).open(manifest, founder)
+
+    async def ask(text: str) -> bool:
+        asked.append(text)
+        return len(asked) > 1
+
+    node.ask = ask
+    with pytest.raises(NodeError, match="nothing was downloaded"):
+        await join_run(node)
+    membership = await join_run(node)
+    assert (membership.manifest, membership.founded) == (manifest, False)
+    assert manifest.run_id.hex() in asked[0]
+    assert "3 *" in asked[0]  # the tier that it would take
+    node.ask = None
+    assert (await join_run(node)).manifest == manifest  # a service goes on by itself
+
+
+async def test_a_founder_that_lost_its_state_joins_like_anybody(starter: Starter) -> None:
+    path = starter.root / "run.braniac"
+    door = Door(starter, RunSection(file=path))
+    manifest = write_file(path, door.joiner.identity)
+    node = await door.open(manifest, door.joiner.identity)
+    membership = await join_run(node)
+    assert not membership.founded
+    async with equip(node, membership) as (_, engine):
+        assert not engine.anchors()  # what the others have must be downloaded, not begun anew
+
+
+async def test_a_run_file_pins_the_run_that_peers_may_offer(starter: Starter) -> None:
+    path = starter.root / "run.braniac"
+    write_file(path, identity(5))
+    node = await Door(starter, RunSection(file=path)).open(make_manifest(identity(7)), identity(7))
+    with pytest.raises(Incompatible, match="check --run, --peers"):
+        await join_run(node)
