@@ -79,11 +79,13 @@ class Certificates:
         """A certificate that may stand: undo what it replaces, fetch its update. Raises WireError if it may not."""
         verdict = certificate.verdict
         if not self._manifest.holds(self._tier, verdict.fragment):
+            self._history.count(certificate, now_slot)
             self.settle(verdict.slot, certificate)
             return
         news, loser = self._history.accept(certificate, now_slot)
         if not news:
             return
+        self._history.count(certificate, now_slot)
         if loser is not None:
             self._emit(events.UpdateDue(loser.certificate, loser.acknowledged, undo=True))
         for share in verdict.shares:

@@ -133,6 +133,18 @@ class Engine:
         self._rounds.ready_slot = max(0, self._slot)
         self._broadcast(self._heartbeat())
 
+    def set_reachable(self, reachable: bool) -> None:
+        """Whether others can dial this peer. If not it goes on contributing and leaves the seats to those that can be.
+
+        Either way it takes effect a little later, for everybody in the same slot.
+        """
+        if reachable == (self._rounds.unreachable_slot == 0):
+            return
+        self._rounds.unreachable_slot = 0 if reachable else max(1, self._slot)
+        if reachable and self.ready:
+            self._rounds.ready_slot = max(0, self._slot)
+        self._broadcast(self._heartbeat())
+
     def offer(self, slot: int, payload_digest: bytes, payload_bytes: int, weight: int) -> None:
         """Answer to FragmentDue: the payload is stored durably and can be fetched from here."""
         self.history.offers[slot] = payload_digest
@@ -207,6 +219,8 @@ class Engine:
         voices = [member for member in self.roster.live(self._slot) if member.ready_slot >= 0]
         if not voices:
             return self._slot > self._rejoined_slot + limits.ROSTER_LIVE_SLOTS
+        if any(member.heard_slot < self._rejoined_slot for member in voices):
+            return False  # that is from before the rest: it speaks again or lapses
         if self._agreement.overtaken(voices, self._slot - self.history.horizon) or self.history.missing_updates():
             return False
         return not any(self._certificates.lacking(member, self._slot) for member in voices)
@@ -366,6 +380,7 @@ class Engine:
             self.history.recent(self._slot),
             tuple(self._agreement.mine.values()),
             self.tokens_per_s,
+            self._rounds.unreachable_slot,
         )
 
     def _broadcast(self, message: Message) -> None:

@@ -55,6 +55,11 @@ class ManifestError(ProtocolError):
 class VersionMismatch(ManifestError):
     """The run speaks another version of the protocol."""
 
+    def __init__(self, message: str, version: int = 0) -> None:
+        super().__init__(message)
+        self.version = version
+        """The run's, as far as it is a number."""
+
 
 class IdentityError(ProtocolError):
     """A key or peer id that is malformed."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from braniac.protocol import limits
+from braniac.protocol.contributions import Contributions
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.messages import Certificate, CertificateName
@@ -42,6 +43,8 @@ class History:
         """Per fragment: slots up to here are inside its anchor for good, because it was downloaded in that state."""
         self.last: dict[int, int] = {}
         """Per fragment: the last slot merged into its anchor, -1 for the initial weights."""
+        self.contributions = Contributions()
+        """Of everybody, in all certificates seen here."""
 
     @property
     def horizon(self) -> int:
@@ -83,6 +86,11 @@ class History:
             raise WireError(Refusal.CONFLICT, f"slot {slot} has a better certificate than {digest.hex()[:8]}")
         self._entries[slot] = Entry(certificate)
         return True, standing if standing.handed else None
+
+    def count(self, certificate: Certificate, now_slot: int) -> None:
+        """Add a checked certificate, of any fragment, to the record of contributions; not one of long ago once more."""
+        if certificate.verdict.slot > now_slot - self.horizon:
+            self.contributions.note(certificate)
 
     def missing_updates(self) -> list[Certificate]:
         """Certificates that stand but whose update has not arrived."""
@@ -136,6 +144,7 @@ class History:
         self._entries = {s: e for s, e in self._entries.items() if s > edge}
         self._confirmed = {s: e for s, e in self._confirmed.items() if s > edge}
         self.offers = {s: d for s, d in self.offers.items() if s > edge}
+        self.contributions.prune(now_slot - self._manifest.window, edge)
 
     def blobs(self) -> set[bytes]:
         """Digests that must not be deleted: updates that can be undone or served, offers that may be acknowledged."""
@@ -163,11 +172,12 @@ class History:
             "offers": {str(slot): digest.hex() for slot, digest in self.offers.items()},
             "floor": {str(f): slot for f, slot in self.floor.items()},
             "last": {str(f): slot for f, slot in self.last.items()},
+            "contributions": self.contributions.to_json(),
         }
 
     @classmethod
     def from_json(cls, manifest: Manifest, stored: dict[str, Any]) -> History:
-        """Inverse of `to_json`. Raises WireError, KeyError or ValueError if the state is damaged."""
+        """Inverse of `to_json`. Raises ProtocolError, KeyError, TypeError or ValueError if the state is damaged."""
         history = cls(manifest)
         for item in stored["entries"]:
             certificate = open_certificate(bytes.fromhex(item["certificate"]), manifest.run_id)
@@ -177,6 +187,11 @@ class History:
         history.offers = {int(slot): bytes.fromhex(digest) for slot, digest in stored["offers"].items()}
         history.floor = {int(f): int(slot) for f, slot in stored["floor"].items()}
         history.last = {int(f): int(slot) for f, slot in stored["last"].items()}
+        if (contributions := stored.get("contributions")) is not None:
+            history.contributions = Contributions.from_json(contributions)
+        else:  # of a version that did not count
+            for entry in history._entries.values():
+                history.contributions.note(entry.certificate)
         return history
 
     def begin(self, fragments: Iterable[int]) -> None:

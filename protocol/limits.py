@@ -10,6 +10,7 @@ ANCHOR_MAX = 1 << 30  # an anchor stays below 1024.0; an update that would pass 
 # Messages. hivemind's unary calls stop working at 4 MiB, so everything bulky goes in chunks.
 MESSAGE_BYTES_MAX = 1 << 20
 CHUNK_BYTES_MAX = 1 << 18
+PIECE_BYTES_MIN = 1 << 12  # a peer with little bandwidth may answer with less than was asked for, but not with crumbs
 BLOB_BYTES_MAX = 1 << 30
 MANIFEST_BYTES_MAX = 1 << 16
 
@@ -24,6 +25,7 @@ MAGNITUDE_BITS_MAX = 4
 COMMITTEE_SIZE = 3
 ROSTER_PEERS_MAX = 4096
 CONTRIBUTIONS_PER_SLOT_MAX = 512
+CONTRIBUTORS_MAX = 4096  # whose totals are kept
 RECENT_CERTIFICATES_MAX = 4096
 FRAGMENTS_MAX = 4096
 WEIGHT_MAX = 1 << 20  # tokens that one contribution may claim

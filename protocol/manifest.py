@@ -170,7 +170,8 @@ def open_manifest(body: bytes, signature: bytes) -> Manifest:
         if version != limits.PROTOCOL_VERSION:
             raise VersionMismatch(
                 f"the run speaks protocol version {str(version)[:20]} and this node speaks {limits.PROTOCOL_VERSION}: "
-                "install the braniac-node version that the run asks for"
+                "install the braniac-node version that the run asks for",
+                version if type(version) is int else 0,
             )
         manifest = _parse(content)
     except (ValueError, KeyError, TypeError, IdentityError, RecursionError) as error:

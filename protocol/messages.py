@@ -41,6 +41,8 @@ class Heartbeat:
     recent: tuple[CertificateName, ...] = ()
     anchors: tuple[FragmentState, ...] = ()
     tokens_per_s: float = 0.0
+    unreachable_slot: int = 0
+    """Since when others cannot dial it, so that it takes no seats; 0: they can."""
 
 
 @dataclass(frozen=True)

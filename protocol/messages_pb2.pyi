@@ -27,6 +27,7 @@ class Request(_message.Message):
     ENVELOPE_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    DIAL_BACK_FIELD_NUMBER: _builtins.int
     envelope: _builtins.bytes
     """a serialised Envelope, for the protocol object"""
     @_builtins.property
@@ -37,18 +38,23 @@ class Request(_message.Message):
     def manifest(self) -> Global___ManifestRequest:
         """"which run is this?", asked before joining"""
 
+    @_builtins.property
+    def dial_back(self) -> Global___DialBackRequest:
+        """"can you reach me at the addresses in my heartbeats?" """
+
     def __init__(
         self,
         *,
         envelope: _builtins.bytes = ...,
         chunk: Global___ChunkRequest | None = ...,
         manifest: Global___ManifestRequest | None = ...,
+        dial_back: Global___DialBackRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "envelope", b"envelope", "kind", b"kind", "manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "dial_back", b"dial_back", "envelope", b"envelope", "kind", b"kind", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "envelope", b"envelope", "kind", b"kind", "manifest", b"manifest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "dial_back", b"dial_back", "envelope", b"envelope", "kind", b"kind", "manifest", b"manifest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["envelope", "chunk", "manifest"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["envelope", "chunk", "manifest", "dial_back"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -63,6 +69,7 @@ class Reply(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     BLOB_BYTES_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    DIAL_BACK_FIELD_NUMBER: _builtins.int
     refusal: _builtins.str
     """empty: accepted; otherwise a code of errors.Refusal"""
     swarm_time_s: _builtins.float
@@ -71,6 +78,8 @@ class Reply(_message.Message):
     blob_bytes: _builtins.int
     manifest: _builtins.bytes
     """a serialised SignedManifest"""
+    @_builtins.property
+    def dial_back(self) -> Global___DialBack: ...
     def __init__(
         self,
         *,
@@ -79,10 +88,11 @@ class Reply(_message.Message):
         chunk: _builtins.bytes = ...,
         blob_bytes: _builtins.int = ...,
         manifest: _builtins.bytes = ...,
+        dial_back: Global___DialBack | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dial_back", b"dial_back"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_bytes", b"blob_bytes", "chunk", b"chunk", "manifest", b"manifest", "refusal", b"refusal", "swarm_time_s", b"swarm_time_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_bytes", b"blob_bytes", "chunk", b"chunk", "dial_back", b"dial_back", "manifest", b"manifest", "refusal", b"refusal", "swarm_time_s", b"swarm_time_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -132,6 +142,49 @@ class ManifestRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ManifestRequest: _TypeAlias = ManifestRequest  # noqa: Y015
+
+@_typing.final
+class DialBackRequest(_message.Message):
+    """Names no addresses: only those that the asker signed in its last heartbeat are tried."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DialBackRequest: _TypeAlias = DialBackRequest  # noqa: Y015
+
+@_typing.final
+class DialBack(_message.Message):
+    """What came of it, by address of the asker. Addresses in neither list were not tried."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    SILENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answered(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def silent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        answered: _abc.Iterable[_builtins.str] | None = ...,
+        silent: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "silent", b"silent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DialBack: _TypeAlias = DialBack  # noqa: Y015
 
 @_typing.final
 class SignedManifest(_message.Message):
@@ -259,11 +312,14 @@ class Heartbeat(_message.Message):
     RECENT_FIELD_NUMBER: _builtins.int
     ANCHORS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_SLOT_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     tier: _builtins.int
     ready_slot: _builtins.int
     """since when my anchors are current and I may sit in committees; -1: joining"""
     tokens_per_s: _builtins.float
+    unreachable_slot: _builtins.int
+    """since when others cannot dial me, so that I take no seats; 0: they can"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -284,10 +340,11 @@ class Heartbeat(_message.Message):
         recent: _abc.Iterable[Global___CertificateName] | None = ...,
         anchors: _abc.Iterable[Global___FragmentState] | None = ...,
         tokens_per_s: _builtins.float = ...,
+        unreachable_slot: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "anchors", b"anchors", "ready_slot", b"ready_slot", "recent", b"recent", "slot", b"slot", "tier", b"tier", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "anchors", b"anchors", "ready_slot", b"ready_slot", "recent", b"recent", "slot", b"slot", "tier", b"tier", "tokens_per_s", b"tokens_per_s", "unreachable_slot", b"unreachable_slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

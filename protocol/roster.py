@@ -38,6 +38,11 @@ class ReplayWindow:
         return True
 
 
+def dialable(unreachable_slot: int, slot: int) -> bool:
+    """Whether a peer that says so may sit in `slot`: like readiness, its word counts once all have had time to hear."""
+    return unreachable_slot == 0 or slot < unreachable_slot + limits.ELIGIBLE_SLOTS
+
+
 @dataclass
 class Member:
     """One peer, from its latest heartbeat."""
@@ -53,6 +58,7 @@ class Member:
     recent: frozenset[CertificateName] = frozenset()
     anchors: dict[int, FragmentState] = field(default_factory=dict)
     tokens_per_s: float = 0.0
+    unreachable_slot: int = 0
     gone: bool = False
     merged: int = 0
     """Contributions of this peer in certificates seen here."""
@@ -61,8 +67,12 @@ class Member:
         return not self.gone and self.heard_slot >= slot - limits.ROSTER_LIVE_SLOTS
 
     def eligible(self, slot: int) -> bool:
-        """Whether it may sit in the committee of `slot`, and is expected to contribute."""
+        """Whether it is expected to contribute to `slot`, and may sit in its committee if it is `dialable`."""
         return self.live(slot) and 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS
+
+    def dialable(self, slot: int) -> bool:
+        """Whether the others may count on reaching it in `slot`."""
+        return dialable(self.unreachable_slot, slot)
 
 
 class Roster:
@@ -113,6 +123,7 @@ class Roster:
             frozenset(heartbeat.recent),
             {state.fragment: state for state in heartbeat.anchors},
             heartbeat.tokens_per_s,
+            heartbeat.unreachable_slot,
             merged=known.merged if known else 0,
         )
         if known is not None:

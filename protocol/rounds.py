@@ -12,7 +12,7 @@ from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
 from braniac.protocol.messages import Certificate, Commitment, Message, Verdict, Vote
-from braniac.protocol.roster import Roster
+from braniac.protocol.roster import Roster, dialable
 from braniac.protocol.round import Phase, SlotRound
 
 
@@ -41,6 +41,8 @@ class Rounds:
         self._rounds: dict[int, SlotRound] = {}
         self.slot = start_slot
         self.ready_slot = -1
+        self.unreachable_slot = 0
+        """Since when others cannot dial this peer; 0: they can."""
         self._closed_at = float("-inf")
 
     def begin_slot(self, slot: int) -> int:
@@ -183,18 +185,24 @@ class Rounds:
                     self._send(peer, messages.Proposal(current.verdict))
 
     def _committee(self, slot: int) -> tuple[PeerId, ...]:
-        eligible = [member.peer for member in self._roster.eligible(slot)]
+        return seats.committee(self._manifest.run_id, slot, self._candidates(slot))
+
+    def _candidates(self, slot: int) -> list[PeerId]:
+        """Who may have a seat: those that can be dialled. Only if there is nobody like that, all the others."""
+        eligible = {member.peer: member.dialable(slot) for member in self._roster.eligible(slot)}
         if 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS:
-            eligible.append(self._me)
-        return seats.committee(self._manifest.run_id, slot, eligible)
+            eligible[self._me] = dialable(self.unreachable_slot, slot)
+        return [peer for peer, can_be_dialled in eligible.items() if can_be_dialled] or list(eligible)
 
     def could_decide(self, verdict: Verdict, signers: set[PeerId]) -> bool:
         """Whether, as far as this peer can tell, these signers were high enough and no seat was left out."""
         slot = verdict.slot
         edge = slot - 2 * limits.ROSTER_LIVE_SLOTS
         # A signer may have lapsed or begun to leave since: it is only outranked by those who could have had its seat.
-        rivals = [m.peer for m in self._roster if m.eligible(slot) or (m.peer in signers and m.heard_slot >= edge)]
-        ranked = seats.ranking(self._manifest.run_id, slot, [*rivals, self._me])
+        rivals = {m.peer for m in self._roster if m.peer in signers and m.heard_slot >= edge}
+        if self._me in signers or dialable(self.unreachable_slot, slot):
+            rivals.add(self._me)
+        ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(self._candidates(slot)))
         enough_seats = len(verdict.committee) >= len(self._committee(slot))
         return enough_seats and signers <= set(ranked[: limits.CERTIFICATE_RANK_MAX])
 

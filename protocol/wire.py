@@ -75,6 +75,7 @@ def _heartbeat_out(message: Heartbeat) -> pb.Heartbeat:
         recent=_names_out(message.recent),
         anchors=[pb.FragmentState(fragment=s.fragment, slot=s.slot, digest=s.digest) for s in message.anchors],
         tokens_per_s=message.tokens_per_s,
+        unreachable_slot=message.unreachable_slot,
     )
 
 
@@ -139,6 +140,7 @@ def _heartbeat_in(message: pb.Heartbeat) -> Heartbeat:
         _names_in(message.recent),
         anchors,
         message.tokens_per_s,
+        slot_of(message.unreachable_slot),
     )
 
 

@@ -106,6 +106,8 @@ class Peer:
         self.incarnation = 0
         self.alive = self.awake = False
         self.trains = True
+        self.resting = self.catching_up = False
+        """The latter: back from a rest, and not yet where the others are."""
         self.weights: dict[int, Int64Array] = {}
         self.anchors: dict[int, Int32Array] = {}
         self.states: dict[int, FragmentState] = {}
@@ -146,7 +148,7 @@ class Peer:
     def restart(self) -> None:
         """Start from the last snapshot, or join anew if there is none."""
         self.weights, self.anchors, self.states, self.books, self.blobs = {}, {}, {}, {}, {}
-        self.fetching = set()
+        self.fetching, self.resting, self.catching_up = set(), False, False
         if self.disk is None:
             return self.join()
         disk = copy.deepcopy(self.disk)  # it may be needed again
@@ -163,6 +165,36 @@ class Peer:
     def resume(self) -> None:
         self.awake = True
         self.engine.handle_timer(self.swarm.now)
+        self.pump()
+
+    def rest(self) -> None:
+        """As the daemon does: no new seats, the slots in hand end, goodbye, silence. Nothing is forgotten."""
+        self.resting, self.catching_up = True, False
+        self.engine.retire()
+        patience_s = self.swarm.now + 3 * self.swarm.manifest.slot_s
+
+        def wind_down() -> None:
+            if not self.resting:
+                return  # woken again
+            if self.engine.busy and self.swarm.now < patience_s:
+                return self.swarm.later(self, self.swarm.manifest.slot_s / 16, wind_down)
+            self.snapshot()
+            self.engine.goodbye()
+            self.pump()
+            self.awake = False
+
+        self.swarm.later(self, 0.0, wind_down)
+        self.pump()
+
+    def wake(self) -> None:
+        """As the daemon does: listen first, take part when caught up."""
+        self.awake = self.catching_up = True
+        self.resting = False
+        self.fetching = set()
+        self.engine.rejoin(self.swarm.now)
+        for other in self.swarm.peers:
+            if other is not self and other.alive:
+                self.engine.introduce(other.id)
         self.pump()
 
     def _start(self, history: History) -> None:
@@ -182,7 +214,12 @@ class Peer:
                 self.engine.introduce(other.id)
 
     def _ready_when_complete(self) -> None:
-        if not self.engine.ready and len(self.engine.anchors()) == len(self.held):
+        if (
+            not self.resting
+            and not self.catching_up
+            and not self.engine.ready
+            and len(self.engine.anchors()) == len(self.held)
+        ):
             self.engine.set_ready()
 
     def _set_fragment(self, f: int, anchor: Int32Array, slot: int) -> None:
@@ -237,13 +274,17 @@ class Peer:
             messages = self.engine.messages_to_send()
             for peer, data in messages:
                 self.swarm.send(self, peer, data)
+            if self.catching_up and self.engine.caught_up:
+                self.catching_up = False
+                self.engine.set_ready()
+                continue
             if not messages:
                 return
 
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.SlotBegan():
-                if self.trains:
+                if self.trains and not self.resting and not self.catching_up:
                     self.train()
             case events.FragmentDue(slot, fragment):
                 self._offer(slot, fragment)
