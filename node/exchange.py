@@ -9,26 +9,30 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 from google.protobuf.message import DecodeError
 
 from braniac.node.clock import Clock, SwarmClock
+from braniac.node.config import CapsSection
+from braniac.node.daily_meter import DailyMeter
 from braniac.node.errors import NodeError
 from braniac.node.metrics import Metrics
 from braniac.node.store import BlobMissing, Store
-from braniac.node.transport import Transport, Unreachable
+from braniac.node.throttle import Throttle
+from braniac.node.transport import Reason, Transport, Unreachable
 from braniac.protocol import limits
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.engine import Engine
-from braniac.protocol.errors import ManifestError, Refusal, WireError
+from braniac.protocol.errors import ManifestError, Refusal, VersionMismatch, WireError
 from braniac.protocol.identity import PeerId, short_name
 from braniac.protocol.manifest import Manifest, open_manifest
 
 log = structlog.get_logger(__name__)
 
 _CHUNKS_AT_A_TIME = 4
+VERSION_MAX = 1 << 16
 
 
 class BlobUnavailable(NodeError):
@@ -38,7 +42,16 @@ class BlobUnavailable(NodeError):
 class Exchange:
     """Answers peers' requests, and asks them."""
 
-    def __init__(self, store: Store, metrics: Metrics, clock: Clock, swarm_clock: SwarmClock, call_timeout_s: float):
+    def __init__(
+        self,
+        store: Store,
+        metrics: Metrics,
+        clock: Clock,
+        swarm_clock: SwarmClock,
+        call_timeout_s: float,
+        throttle: Throttle | None = None,
+    ) -> None:
+        """`throttle` bounds what is exchanged; None: nothing does."""
         self.engine: Engine | None = None
         """Set once the run is known; before that, messages are refused."""
         self.on_input: Callable[[], None] = lambda: None
@@ -52,8 +65,13 @@ class Exchange:
         self._clock = clock
         self.swarm_clock = swarm_clock
         self._timeout_s = call_timeout_s
+        self.throttle = throttle or Throttle(CapsSection(), clock, DailyMeter(None, clock))
         self.is_anchor: Callable[[bytes], bool] = lambda digest: False
         """Whether a blob is an anchor: serving a newcomer's download is counted apart."""
+        self.dial_back: Callable[[PeerId, Sequence[str]], Awaitable[pb.DialBack]] | None = None
+        """Tries whether a peer can be reached where it says it can."""
+        self.newest_protocol = limits.PROTOCOL_VERSION
+        """The highest protocol version that anybody claimed to speak: worth a notice, and no more trust."""
         self.sent: Counter[str] = Counter()
         """Bytes sent by kind: message, blob (contributions and updates), anchor."""
         self.received: Counter[str] = Counter()
@@ -63,6 +81,7 @@ class Exchange:
     async def answer(self, peer: PeerId, data: bytes) -> bytes:
         """Reply to one request; never raises for what a peer may have sent."""
         reply, kind = pb.Reply(swarm_time_s=self.swarm_clock.now() if self.synchronised else 0.0), "message"
+        self.throttle.received(len(data))
         try:
             request = pb.Request.FromString(data)
             match request.WhichOneof("kind"):
@@ -72,7 +91,10 @@ class Exchange:
                     kind = "anchor" if self.is_anchor(request.chunk.digest) else "blob"
                     await self._read_chunk(request.chunk, reply)
                 case "manifest":
+                    self.hear_version(request.manifest.protocol_version)
                     self._give_manifest(reply)
+                case "dial_back":
+                    reply.dial_back.CopyFrom(await self._dial_back(peer))
                 case _:
                     raise DecodeError("an empty request")
         except DecodeError:
@@ -80,6 +102,10 @@ class Exchange:
             self._metrics.refuse_message(Refusal.MALFORMED)
         except WireError as error:
             reply.refusal = error.refusal.value
+        if not reply.chunk:
+            await self.throttle.send(reply.ByteSize())
+        elif self.throttle.upload.rate:
+            reply.swarm_time_s = 0.0  # it has waited for its turn, so it says little about the time
         out = reply.SerializeToString()
         self._count(sent=len(out), received=len(data), kind=kind)
         return out
@@ -106,8 +132,12 @@ class Exchange:
         size = self._store.size(request.digest)
         if size is None or request.offset > size:
             raise WireError(Refusal.NOT_READY, "no such blob here")
+        if self.throttle.used_up or self.throttle.busy:
+            raise WireError(Refusal.OVERLOADED, "no bandwidth to spare")
+        length = min(request.length, size - request.offset, self.throttle.piece_bytes(self.throttle.upload))
+        await self.throttle.send_blob(length)
         try:
-            reply.chunk = await asyncio.to_thread(self._store.read, request.digest, request.offset, request.length)
+            reply.chunk = await asyncio.to_thread(self._store.read, request.digest, request.offset, length)
         except BlobMissing:
             raise WireError(Refusal.NOT_READY, "no such blob here") from None
         reply.blob_bytes = size
@@ -117,6 +147,19 @@ class Exchange:
             raise WireError(Refusal.NOT_READY, "this peer has not joined a run yet")
         signed = pb.SignedManifest(body=self.manifest[0], signature=self.manifest[1])
         reply.manifest = signed.SerializeToString()
+
+    async def _dial_back(self, peer: PeerId) -> pb.DialBack:
+        member = self.engine.roster.get(peer) if self.engine is not None else None
+        if member is None or self.dial_back is None:
+            raise WireError(Refusal.UNKNOWN_PEER, "no heartbeat of the asker was heard yet")
+        return await self.dial_back(peer, member.addresses)
+
+    def hear_version(self, version: int) -> None:
+        """Somebody says that it speaks this version of the protocol."""
+        if self.newest_protocol < version <= VERSION_MAX:
+            if self.newest_protocol == limits.PROTOCOL_VERSION:  # said once: whoever counts upwards fills no log
+                log.warning("a peer speaks a newer protocol: look for a newer braniac-node", theirs=version)
+            self.newest_protocol = version
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -140,7 +183,19 @@ class Exchange:
             signed = pb.SignedManifest.FromString(reply.manifest)
         except DecodeError:
             raise ManifestError(f"peer {short_name(peer)} sent something that is not a manifest") from None
-        return open_manifest(signed.body, signed.signature), signed.body, signed.signature
+        try:
+            manifest = open_manifest(signed.body, signed.signature)
+        except VersionMismatch as error:
+            self.hear_version(error.version)
+            raise
+        return manifest, signed.body, signed.signature
+
+    async def ask_dial_back(self, transport: Transport, peer: PeerId) -> pb.DialBack:
+        """Let `peer` try to reach this node at the addresses in its heartbeats. Raises Unreachable, WireError."""
+        reply = await self._call(transport, peer, pb.Request(dial_back=pb.DialBackRequest()), "message")
+        if reply.refusal or not reply.HasField("dial_back"):
+            raise WireError(Refusal.NOT_READY, f"peer {short_name(peer)} did not try ({_code(reply)})")
+        return reply.dial_back
 
     async def fetch(
         self,
@@ -180,17 +235,25 @@ class Exchange:
     ) -> bytes:
         """The whole blob from one holder, in a few chunks at a time, checked against its hash."""
         data = bytearray(size)
+        missing = size
         offsets = iter(range(0, size, limits.CHUNK_BYTES_MAX))
 
         async def worker() -> None:
-            for offset in offsets:
-                length = min(limits.CHUNK_BYTES_MAX, size - offset)
-                request = pb.Request(chunk=pb.ChunkRequest(digest=digest, offset=offset, length=length))
-                reply = await self._call(transport, holder, request, kind)
-                if reply.refusal or len(reply.chunk) != length or reply.blob_bytes != size:
-                    raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({_code(reply)})")
-                data[offset : offset + length] = reply.chunk
-                on_bytes(length)
+            nonlocal missing
+            for begin in offsets:
+                offset, end = begin, min(begin + limits.CHUNK_BYTES_MAX, size)
+                while offset < end and not self.throttle.used_up:
+                    length = min(end - offset, self.throttle.piece_bytes(self.throttle.download))
+                    request = pb.Request(chunk=pb.ChunkRequest(digest=digest, offset=offset, length=length))
+                    reply = await self._call(transport, holder, request, kind)
+                    count = len(reply.chunk)  # a holder with little bandwidth may give less than was asked for
+                    few = count < min(length, limits.PIECE_BYTES_MIN)
+                    if reply.refusal or few or count > length or reply.blob_bytes != size:
+                        raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({_code(reply)})")
+                    data[offset : offset + count] = reply.chunk
+                    offset += count
+                    missing -= count
+                    on_bytes(count)
 
         workers = min(_CHUNKS_AT_A_TIME, -(-size // limits.CHUNK_BYTES_MAX))
         try:
@@ -199,6 +262,8 @@ class Exchange:
                     group.create_task(worker())
         except* (Unreachable, BlobUnavailable) as errors:
             raise errors.exceptions[0] from None
+        if missing:
+            raise BlobUnavailable("the quota of bytes for today is used up")
         if await asyncio.to_thread(_sha256, data) != digest:
             self._metrics.refuse_message(Refusal.WRONG_DIGEST)
             raise BlobUnavailable(f"peer {short_name(holder)} sent other bytes than their hash says")
@@ -206,9 +271,16 @@ class Exchange:
 
     async def _call(self, transport: Transport, peer: PeerId, request: pb.Request, kind: str) -> pb.Reply:
         data = request.SerializeToString()
-        sent_at = self._clock.monotonic()
-        self._count(sent=len(data), received=0, kind=kind)
-        answer = await transport.call(peer, data, timeout_s=self._timeout_s)
+        async with self.throttle.asking(request.chunk.length) as got:
+            await self.throttle.send(len(data))
+            sent_at = self._clock.monotonic()
+            self._count(sent=len(data), received=0, kind=kind)
+            try:
+                answer = await transport.call(peer, data, timeout_s=self._timeout_s)
+            except Unreachable as error:
+                got(0 if error.reason is Reason.UNDIALABLE else request.chunk.length)  # a late reply may have come
+                raise
+            got(len(answer))
         self._count(sent=0, received=len(answer), kind=kind)
         try:
             reply = pb.Reply.FromString(answer)

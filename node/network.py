@@ -18,6 +18,7 @@ import structlog
 from braniac.node import address_file
 from braniac.node.clock import Clock
 from braniac.node.config import NetworkSection
+from braniac.node.dial_back import is_relayed
 from braniac.node.directory import Directory, Record
 from braniac.node.errors import ConfigError, IdentityFileError
 from braniac.node.p2pd import P2pdOptions
@@ -57,6 +58,8 @@ class Network:
         """Addresses to join through, as far as they are known."""
         self.sleep = sleep
         """Pauses between two attempts, in seconds."""
+        self.on_version: Callable[[int], None] = lambda version: None
+        """Told which version of the protocol somebody in the directory says it speaks."""
         self.failures: dict[str, str] = {}
         """Addresses that do not answer, and why."""
         self._settings = settings
@@ -91,7 +94,14 @@ class Network:
         """Bind and answer requests. Raises ConfigError, ResourceError."""
         self._handler = handler
         listen, announce = self._settings.listen, self._settings.announce
-        options = P2pdOptions(listen=listen, announce=announce, socket_dir=self._socket_dir())
+        options = P2pdOptions(
+            listen=listen,
+            announce=announce,
+            behind_nat=self._settings.nat,
+            relays=self._relays(),
+            relay_service=self._settings.relay_service,
+            socket_dir=self._socket_dir(),
+        )
         transport = await self._start_transport(self._identity_path, options)
         try:
             await transport.serve(handler)
@@ -119,6 +129,10 @@ class Network:
             parse_address(address)
             if address not in self.bootstrap:
                 self.bootstrap.append(address)
+
+    def _relays(self) -> tuple[str, ...]:
+        """Peers that may relay for this node: those it joins through, as far as they are known."""
+        return tuple(address for address in self.bootstrap if not is_relayed(address)) if self._settings.nat else ()
 
     def _socket_dir(self) -> Path | None:
         """A place for the daemon's socket that is swept at every start: a killed node leaves its own behind."""
@@ -254,6 +268,7 @@ class Network:
         for peer, found in (await directory.find()).items():
             if peer not in self._known:
                 log.debug("found a peer in the directory", peer=short_name(peer))
+            self.on_version(found.version)
             self.remember(peer, found.addresses)
             on_peer(peer)
         if directory.doubled:

@@ -19,6 +19,7 @@ from braniac.protocol.identity import peer_id_text, short_name
 
 if TYPE_CHECKING:
     from braniac.node.joiner import DownloadBar
+    from braniac.node.reachability import Reachability
     from braniac.node.replica import Replica
     from braniac.protocol.engine import Engine
 
@@ -33,6 +34,7 @@ class Status:
     def __init__(self, node: Equipment, lag: EventLoopLag, governor: Governor, leave: Callable[..., None]) -> None:
         self.engine: Engine | None = None
         self.bar: DownloadBar | None = None
+        self.dialled: Reachability | None = None
         self._node = node
         self._lag = lag
         self._governor = governor
@@ -43,11 +45,14 @@ class Status:
         self._payload_bytes: dict[int, int] = {}
         self._sent_bytes: dict[int, int] = {}
         self._sent_before = 0
+        self._received_bytes: dict[int, int] = {}
+        self._received_before = 0
         self._join_received_bytes = 0
         self._troubles: dict[str, str] = {}
         self._forfeits: Counter[str] = Counter()
         self._reported_tokens = 0
         self._reported_steps = 0
+        self._reported_throttled_s = 0.0
 
     # --- what the daemon reports -------------------------------------------------------------------------------------
 
@@ -88,16 +93,23 @@ class Status:
         assert self._replica is not None
         metrics, progress = self._node.metrics, self._replica.trainer.progress
         metrics.slot.set(event.slot)
-        sent = self._node.exchange.sent
+        sent, received = self._node.exchange.sent, self._node.exchange.received
         steady = sent["message"] + sent["blob"]
         self._sent_bytes[event.slot - 1], self._sent_before = steady - self._sent_before, steady
+        steady = received["message"] + received["blob"]
+        self._received_bytes[event.slot - 1], self._received_before = steady - self._received_before, steady
         _forget_oldest(self._sent_bytes)
+        _forget_oldest(self._received_bytes)
         metrics.peers.set(self._live())
         metrics.clock_offset.set(self._clock_offset_s())
         metrics.tokens.inc(progress.tokens - self._reported_tokens)
         metrics.training_steps.inc(progress.steps - self._reported_steps)
         self._reported_tokens, self._reported_steps = progress.tokens, progress.steps
+        throttled_s = self._replica.trainer.throttled_s
+        metrics.cpu_throttled.inc(throttled_s - self._reported_throttled_s)
+        self._reported_throttled_s = throttled_s
         metrics.tokens_per_second.set(progress.tokens_per_s)
+        metrics.tokens_merged.set(self.engine.history.contributions.of(self.engine.me).tokens)
         if progress.loss is not None:
             metrics.loss.labels("train").set(progress.loss)
         self.trouble("training", "the loss is not finite, waiting for better weights" if progress.stalled else "")
@@ -169,8 +181,10 @@ class Status:
     def status(self, since_slot: int) -> pb.StatusReply:
         """See ControlSource."""
         node = self._node
-        for record in self._records:
+        slots = [record for record in self._records if record.slot >= since_slot]
+        for record in slots:  # how much it was is known only when a slot is over
             record.bytes_sent = self._sent_bytes.get(record.slot, 0)
+            record.bytes_received = self._received_bytes.get(record.slot, 0)
         reply = pb.StatusReply(
             peer_id=peer_id_text(node.identity.peer_id),
             state=node.metrics.state,
@@ -184,13 +198,30 @@ class Status:
             join_bytes_needed=self.bar.total_bytes if self.bar else 0,
             loop_lag_p50_s=self._lag.quantile(0.5),
             loop_lag_p99_s=self._lag.quantile(0.99),
-            slots=[record for record in self._records if record.slot >= since_slot],
+            slots=slots,
             reasons=self._governor.messages(),
-            reachability="unknown",
+            caps=self._caps(),
+            reachability=self.dialled.latest.reachability if self.dialled else "unknown",
+            newest_protocol=node.exchange.newest_protocol,
         )
         if self.engine is not None and self._replica is not None:
             self._add_run(reply, self.engine, self._replica)
         return reply
+
+    def _caps(self) -> pb.Caps:
+        config, throttle, sample = self._node.config, self._node.exchange.throttle, self._governor.sample
+        return pb.Caps(
+            threads=config.train.threads,
+            duty_fraction=config.caps.duty_percent / 100,
+            upload_bytes_per_s=throttle.upload.rate,
+            download_bytes_per_s=throttle.download.rate,
+            daily_bytes=throttle.daily_bytes,
+            daily_bytes_used=throttle.meter.used_bytes(),
+            disk_bytes=config.caps.disk_mib << 20,
+            disk_bytes_used=sample.disk_used_bytes or 0,
+            memory_bytes=config.caps.memory_mib << 20,
+            memory_bytes_used=sample.memory_bytes or 0,
+        )
 
     def _add_run(self, reply: pb.StatusReply, engine: Engine, replica: Replica) -> None:
         manifest, progress, totals = engine.manifest, replica.trainer.progress, replica.totals
@@ -207,6 +238,7 @@ class Status:
         reply.slot, reply.slot_s = max(0, engine.slot), manifest.slot_s
         reply.window = max(0, engine.slot) // manifest.window
         reply.certificates, reply.contributions_merged = totals.certificates, totals.merged
+        reply.tokens_merged = engine.history.contributions.of(engine.me).tokens
         offered = len(engine.history.offers)
         reply.contributions_unacknowledged = offered - engine.history.acknowledged()
         for reason, count in self._forfeits.items():
@@ -247,11 +279,26 @@ class Status:
 
     async def reachability(self) -> pb.ReachabilityReply:
         """See ControlSource."""
-        return pb.ReachabilityReply(reachability="unknown", detail="nobody was asked")
+        if self.dialled is None:
+            return pb.ReachabilityReply(reachability="unknown", detail="this node has not joined a run yet")
+        return await self.dialled.check()
 
     def contributions(self) -> pb.ContributionsReply:
         """See ControlSource."""
-        return pb.ContributionsReply()
+        if (engine := self.engine) is None:
+            return pb.ContributionsReply()
+        record = engine.history.contributions
+        reply = pb.ContributionsReply(first_slot=record.first_slot or 0, certificates=record.certificates)
+        for peer, total in record.ranking():
+            member, me = engine.roster.get(peer), peer == engine.me
+            reply.contributors.add(
+                peer_id=peer_id_text(peer),
+                tier=engine.tier if me else member.tier if member else 0,
+                contributions=total.contributions,
+                tokens=total.tokens,
+                me=me,
+            )
+        return reply
 
     async def leave(self, now: bool) -> None:
         """See ControlSource."""

@@ -103,6 +103,12 @@ class Transport(Protocol):
     def remember(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Keep multiaddrs as hints for later dials of `peer`; malformed ones, or another peer's, are dropped."""
 
+    async def seen_from(self, peer: PeerId) -> list[str]:
+        """The IP addresses from which `peer` is connected now, not counting relays. Raises Unreachable."""
+
+    async def probe(self, host: str, port: int) -> bool:
+        """Whether some peer listens there, tried over a connection of its own; never raises."""
+
     def addresses(self) -> list[str]:
         """The multiaddrs under which others may reach us, each ending in /p2p/<our id>."""
 
@@ -117,7 +123,7 @@ class Transport(Protocol):
 
 
 def parse_address(text: str) -> tuple[PeerId, str]:
-    """Split a multiaddr with a peer id into (peer id, multiaddr without /p2p). Raises ConfigError."""
+    """Split a peer's multiaddr, direct or through a relay, into (peer id, what is before it). Raises ConfigError."""
     bare, _, peer_text = text.rpartition("/p2p/")
     try:
         if not bare:
@@ -125,7 +131,12 @@ def parse_address(text: str) -> tuple[PeerId, str]:
         if len(text.encode()) > ADDRESS_BYTES_MAX:
             raise ValueError(f"it is longer than {ADDRESS_BYTES_MAX} bytes")
         peer = peer_id_from_text(peer_text)
-        host, port = split_host_port(bare)
+        direct, _, relay = bare.partition("/p2p/")
+        if relay:
+            relay_text, _, circuit = relay.partition("/")
+            if peer_id_from_text(relay_text) == peer or circuit != "p2p-circuit":
+                raise ValueError("a way through a relay is written /p2p/<the relay's id>/p2p-circuit/p2p/<peer id>")
+        host, port = split_host_port(direct)
         if not host or not port:
             raise ValueError("nobody can be dialled at an empty host or at port 0")
     except (ValueError, IdentityError) as error:

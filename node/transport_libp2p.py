@@ -28,11 +28,15 @@ from braniac.node.transport import (
     Traffic,
     Unreachable,
     parse_address,
+    split_host_port,
 )
 from braniac.protocol.errors import IdentityError
 from braniac.protocol.identity import Identity, PeerId, parse_peer_id, peer_id_text
 from braniac.protocol.limits import ADDRESSES_MAX, MESSAGE_BYTES_MAX, ROSTER_PEERS_MAX
 
+PROBE_S = 5.0
+_GREETING = b"\x13/multistream/1.0.0\n"
+_ASK_S = 5.0  # for what our daemon knows itself
 _UNDIALABLE = ("failed to dial", "failed to find any peer", "not found", "no addresses")  # of p2pd's error texts
 _REFUSAL_WORDS = {repr(Refused(word)): word for word in REFUSALS}  # hivemind sends the repr of what a handler raises
 
@@ -111,6 +115,20 @@ class LibP2PTransport:
             self._remembered.move_to_end(peer)
         if len(self._remembered) > ROSTER_PEERS_MAX:
             self._remembered.popitem(last=False)
+
+    async def seen_from(self, peer: PeerId) -> list[str]:
+        """See Transport."""
+        async with self._attempt(_ASK_S, peer=peer):
+            connected = await self._daemon.connected_from(peer)
+        hosts = []
+        for address in connected:
+            with contextlib.suppress(ValueError):  # over a relay
+                hosts.append(split_host_port(address)[0])
+        return hosts
+
+    async def probe(self, host: str, port: int) -> bool:
+        """See Transport."""
+        return await greets(host, port)
 
     def addresses(self) -> list[str]:
         """See Transport."""
@@ -194,6 +212,20 @@ class LibP2PTransport:
     async def _refresh_addresses(self) -> None:
         _, found = await self._daemon.identify()
         self._addresses = [f"{address}/p2p/{peer_id_text(self.peer_id)}" for address in found]
+
+
+async def greets(host: str, port: int) -> bool:
+    """Whether something at a TCP port sends what every libp2p listener sends first."""
+    try:
+        async with asyncio.timeout(PROBE_S):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(_GREETING)
+                return await reader.readexactly(len(_GREETING)) == _GREETING
+            finally:
+                writer.close()
+    except (OSError, EOFError, TimeoutError):
+        return False
 
 
 def _reason(error: Exception) -> Reason:

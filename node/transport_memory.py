@@ -20,6 +20,7 @@ from braniac.node.transport import (
     Traffic,
     Unreachable,
     parse_address,
+    split_host_port,
 )
 from braniac.protocol.identity import PeerId, peer_id_text
 from braniac.protocol.limits import MESSAGE_BYTES_MAX
@@ -85,6 +86,11 @@ class MemoryNetwork:
         """The transport of a peer that is there."""
         return self._members.get(peer)
 
+    def listens(self, host: str, port: int) -> bool:
+        """Whether somebody is there at a host and port."""
+        places = (address for member in self._members.values() for address in member.addresses())
+        return any(split_host_port(parse_address(address)[1]) == (host, port) for address in places)
+
     async def carry(self, source: PeerId, target: PeerId) -> bool:
         """Move one message; whether it arrived."""
         if self.delay_s:
@@ -135,6 +141,15 @@ class MemoryTransport:
 
     def remember(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """See Transport; in memory a peer is found by its id, so nothing needs to be kept."""
+
+    async def seen_from(self, peer: PeerId) -> list[str]:
+        """See Transport; in memory everybody is always connected."""
+        there = self._network.find(peer)
+        return [split_host_port(parse_address(address)[1])[0] for address in there.addresses()] if there else []
+
+    async def probe(self, host: str, port: int) -> bool:
+        """See Transport."""
+        return self._network.listens(host, port)
 
     def addresses(self) -> list[str]:
         """See Transport."""

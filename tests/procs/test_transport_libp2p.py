@@ -18,11 +18,12 @@ import pytest
 import uvloop
 
 from braniac.node.clock import SystemClock
+from braniac.node.dial_back import DialBacks
 from braniac.node.directory import Directory, Record
 from braniac.node.errors import ConfigError, ResourceError
 from braniac.node.identity_file import load
 from braniac.node.p2pd import P2pd, P2pdOptions, P2PHandlerError
-from braniac.node.transport import EXCHANGE, Bounds, Reason, Unreachable
+from braniac.node.transport import EXCHANGE, Bounds, Reason, Unreachable, parse_address, split_host_port
 from braniac.node.transport_libp2p import LibP2PTransport
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.limits import ADDRESSES_MAX, MESSAGE_BYTES_MAX
@@ -373,3 +374,23 @@ async def test_over_a_dead_transport_the_directory_does_not_hang(start: Start, t
     await a.wait_failed()
     assert await asyncio.wait_for(directory_a.bootstrap([a.peer_id]), 5) == 0
     await asyncio.wait_for(directory_a.find(), 5)
+
+
+# --- seen from outside -----------------------------------------------------------------------------------------------
+
+
+async def test_a_peer_that_can_be_dialled_is_told_so(start: Start) -> None:
+    """The question travels over the connection that the asker opened; the answer comes from looking past it."""
+    alice, bob = await asyncio.gather(start("alice"), start("bob"))
+    await bob.connect(*alice.addresses(), timeout_s=5)
+    assert await alice.seen_from(bob.peer_id) == ["127.0.0.1"]
+    assert await alice.seen_from(Identity.from_seed(bytes(32)).peer_id) == []
+    [address] = bob.addresses()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        deaf = address.replace(f"/tcp/{port_of(address)}/", f"/tcp/{silent.getsockname()[1]}/")
+        reply = await DialBacks(alice.seen_from, alice.probe, SystemClock()).answer(bob.peer_id, [address, deaf])
+    assert (list(reply.answered), list(reply.silent)) == ([address], [deaf])
+
+
+def port_of(address: str) -> int:
+    return split_host_port(parse_address(address)[1])[1]

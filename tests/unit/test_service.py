@@ -259,3 +259,30 @@ async def test_a_founder_that_is_killed_at_once_finds_its_run_again(tmp_path: Pa
         daemon.leave(now=True)
         await task
     assert runs[0] == runs[1] != ""
+
+
+async def test_rest_and_go_on(swarm: Swarm) -> None:
+    """Pause and resume by hand: silent meanwhile, nothing of its work given up, and back where the others are."""
+    founder = await swarm.found()
+    joiner = await swarm.join("n1", 0)
+    await swarm.until(lambda: 2 in contributors(founder) and agree(founder, joiner))
+    assert joiner.daemon is not None
+    await swarm.until(lambda: joiner.status.status(0).reachability == "public")
+    joiner.status.pause(0.0, finish=False)
+    await swarm.until(lambda: joiner.node.exchange.engine is None)
+    assert joiner.node.metrics.state == "paused"
+    await swarm.until(lambda: founder.status.peers().peers[0].state == "silent")  # it said goodbye
+    steps, sent = joiner.status.status(0).steps, joiner.node.exchange.sent.total()
+    slot = founder.status.status(0).slot
+    await swarm.until(lambda: any(at > slot + 1 for at in certified(founder)))  # the others go on without it
+    assert joiner.status.status(0).steps == steps
+    assert joiner.node.exchange.sent["blob"] <= sent
+    joiner.status.resume()
+    await swarm.until(lambda: joiner.node.metrics.state == "training")
+    back = founder.status.status(0).slot
+    await swarm.until(lambda: any(r.slot > back and r.contributors == 2 for r in founder.status.status(0).slots))
+    await swarm.until(lambda: agree(founder, joiner))
+    assert set(joiner.status.status(0).forfeited) <= {"clipped"}
+    totals = {c.peer_id: c.tokens for c in founder.status.contributions().contributors}
+    assert len(totals) == 2
+    assert all(totals.values())

@@ -241,6 +241,7 @@ async def test_addresses_can_be_parsed_and_dialled() -> None:
         "/ip4/1.2.3.4/udp/4001/quic-v1",
         "/dns4/example.org/tcp/443/ws",
         "/dns/example.org/tcp/1",
+        f"/ip4/1.2.3.4/tcp/1/p2p/{peer_id_text(ALICE)}/p2p-circuit",
     ],
 )
 def test_good_addresses(bare: str) -> None:
@@ -264,6 +265,9 @@ def test_good_addresses(bare: str) -> None:
         f"/ip4/127.0.0.1/tcp/4001/p2p/{BOB_TEXT}/",
         "/ip4/127.0.0.1/tcp/4001/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",  # an RSA peer
         f"/ip4/1.2.3.4/tcp/1/p2p/{BOB_TEXT}/p2p-circuit/p2p/{BOB_TEXT}",
+        f"/ip4/1.2.3.4/tcp/1/p2p/{peer_id_text(ALICE)}/p2p/{BOB_TEXT}",
+        f"/ip4/1.2.3.4/tcp/1/p2p/nobody/p2p-circuit/p2p/{BOB_TEXT}",
+        f"/p2p/{peer_id_text(ALICE)}/p2p-circuit/p2p/{BOB_TEXT}",
         f"/dns4/{'a' * 300}/tcp/1/p2p/{BOB_TEXT}",
         f"/ip4/127.0.0.1/tcp/4001\0/p2p/{BOB_TEXT}",
         "/ip4/\udcff/tcp/4001/p2p/x",
