@@ -70,8 +70,7 @@ def measured_s(action: Callable[[], object], times: int) -> dict[str, float]:
 def cpu_s(pid: int) -> dict[str, float]:
     """CPU seconds of the daemon and of its children so far."""
     process = psutil.Process(pid)
-    times = {"daemon": process.cpu_times(), "p2pd": [child.cpu_times() for child in process.children()]}
-    own, children = times["daemon"], times["p2pd"]
+    own, children = process.cpu_times(), [child.cpu_times() for child in process.children()]
     return {"daemon": own.user + own.system, "p2pd": sum(child.user + child.system for child in children)}
 
 

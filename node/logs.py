@@ -69,9 +69,9 @@ def log_to_file(path: Path, bytes_max: int, files_kept: int) -> Iterator[None]:
     a slow disk holds nobody up.
     """
     entries: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    handler = logging.handlers.QueueHandler(entries)  # type: ignore[arg-type]  # as the library itself recommends
+    handler = logging.handlers.QueueHandler(entries)
     handler.setFormatter(_formatter(_json_tail()))
-    listener = logging.handlers.QueueListener(entries, LogFile(path, bytes_max, files_kept))  # type: ignore[arg-type]
+    listener = logging.handlers.QueueListener(entries, LogFile(path, bytes_max, files_kept))
     root = logging.getLogger()
     root.addHandler(handler)
     listener.start()
@@ -98,9 +98,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
     def _open(self) -> TextIOWrapper:
         folder = Path(self.baseFilename).parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return open(
-            self.baseFilename, self.mode, encoding=self.encoding, opener=lambda name, flags: os.open(name, flags, 0o600)
-        )
+        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say once that the disk is full, and do without the lines it does not take."""

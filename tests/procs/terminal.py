@@ -26,13 +26,13 @@ _TAKE_TERMINAL = (
 class Terminal:
     """A `braniac-node` command on a terminal of its own."""
 
-    def __init__(self, *arguments: object, columns: int = 80, lines: int = 24, **environment: str) -> None:
+    def __init__(self, *arguments: object) -> None:
         self.master, inner = pty.openpty()
-        self.resize(columns, lines)
+        self.resize(80, 24)
         inherited = {name: value for name, value in ENVIRONMENT.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}}
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-E", "-c", _TAKE_TERMINAL, *COMMAND, *map(str, arguments)],
-            env=inherited | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"} | environment,
+            env=inherited | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"},
             stdin=inner,
             stdout=inner,
             stderr=inner,
@@ -57,7 +57,7 @@ class Terminal:
     def end(self) -> tuple[int, str]:
         """Wait for the command's end: its exit code and what it showed since the last `expect`."""
         self.session.expect(pexpect.EOF)
-        return self.process.wait(PATIENCE_S), self.session.before
+        return self.process.wait(PATIENCE_S), self.session.before or ""
 
     def close(self) -> None:
         """End whatever still runs."""
@@ -68,9 +68,9 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: object, **environment: str) -> Iterator[Terminal]:
+def terminal(*arguments: object) -> Iterator[Terminal]:
     """A command on a terminal, for as long as the context."""
-    opened = Terminal(*arguments, **environment)
+    opened = Terminal(*arguments)
     try:
         yield opened
     finally:

@@ -57,7 +57,6 @@ def test_a_day_with_a_node(nodes: Nodes) -> None:
             watching.resize(60, 12)
             asked = command("status", "--json", *here)  # it answers while it trains
             assert (asked.returncode, json.loads(asked.stdout)["state"]) == (0, "training")
-            assert command("status", "--check", *here).returncode == 0
 
             assert run("pause", *here) == (0, "the node rests until 'braniac-node resume'\r\n")
             paused = node.until(is_resting, "rest")
@@ -74,15 +73,12 @@ def test_a_day_with_a_node(nodes: Nodes) -> None:
             assert "\x1b[?1049l" in rest  # the terminal is as it was
             assert "Traceback" not in rest
 
-        with terminal("status", "--watch", *here) as watching, terminal("logs", "-f", "-n", 5, *here) as following:
+        with terminal("status", "--watch", *here) as watching, terminal("status", "--watch", *here) as interrupted:
             watching.expect("braniac-node: training")
-            following.expect("slot ")
-            following.press("\x03")
-            assert following.end()[0] == 130
-            with terminal("status", "--watch", *here) as interrupted:
-                interrupted.expect("braniac-node: training")
-                interrupted.press("\x03")
-                assert interrupted.end()[0] == 130
+            interrupted.expect("braniac-node: training")
+            interrupted.press("\x03")
+            code, rest = interrupted.end()
+            assert (code, "\x1b[?1049l" in rest, "Traceback" in rest) == (130, True, False)
             assert run("leave", *here) == (0, "the node finishes the slot in hand and stops\r\n")
             code, rest = watching.end()
             assert code == 9
@@ -95,7 +91,6 @@ def test_a_day_with_a_node(nodes: Nodes) -> None:
     finally:
         daemon.close()
         reader.join(60)
-    code, text = run("logs", *here)  # after its end, too
-    assert code == 0
-    assert "founded a run" not in text or "left" in text
-    assert command("status", "--check", *here).returncode == 1
+    code, text = run("logs", "-n", 1, *here)  # can be read after its end, too
+    assert (code, text.count("\r\n")) == (0, 1)
+    assert "left" in text

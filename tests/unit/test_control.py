@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from braniac.node import control_pb2
+from braniac.node.cli import main
 from braniac.node.control import PATH_BYTES_MAX, PAUSE_S_MAX, SERVICE, ControlClient, ControlServer
 from braniac.node.errors import AlreadyRunning, ConfigError, NodeError, NotRunning, ResourceError
 
@@ -155,6 +157,35 @@ async def test_watch(tmp_path: Path) -> None:
 
 def test_watch_under_uvloop(tmp_path: Path) -> None:
     uvloop.run(watch(tmp_path / "control.sock"))
+
+
+@pytest.mark.parametrize("json_wanted", [False, True])
+async def test_watching_without_a_terminal(
+    tmp_path: Path, json_wanted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line per reply, and a sentence when the daemon stops."""
+    asked = asyncio.Event()
+
+    class Asked(Source):
+        def status(self, since_slot: int) -> control_pb2.StatusReply:
+            asked.set()
+            return super().status(since_slot)
+
+    arguments = ["status", "--watch", "--state-dir", str(tmp_path), *(["--json"] if json_wanted else [])]
+    async with ControlServer(tmp_path / "control.sock", Asked()):
+        watching = asyncio.create_task(asyncio.to_thread(main, arguments))
+        await asked.wait()
+    assert await watching == 9
+    shown = capsys.readouterr()
+    [line] = shown.out.splitlines()
+    if json_wanted:
+        assert [record["slot"] for record in json.loads(line)["slots"]] == [0, 1, 2]
+    else:
+        assert line.startswith("training, slot 3, no loss yet, ")
+        assert "3 won" in line
+    assert shown.err == (
+        f"braniac-node: the daemon on {tmp_path}/control.sock has stopped: start it again with 'braniac-node join'\n"
+    )
 
 
 def test_nobody_to_watch_is_a_sentence(tmp_path: Path) -> None:

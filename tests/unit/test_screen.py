@@ -20,7 +20,8 @@ def reply(**changes: object) -> StatusReply:
         "peers_live": 3, "peers_by_tier": {0: 1, 2: 2}, "tier": 2, "tiers": 4, "parameters": 460_000,
         "tokens": 5_000_000, "tokens_per_s": 1234.4, "train_loss": 2.125, "slot": 412, "window": 51,
         "contributions_merged": 97, "contributions_unacknowledged": 4, "tokens_merged": 7_000_000,
-        "bytes_sent": 1_000_000, "bytes_received": 4_000_000, "reachability": "private", "protocol_version": 1, "newest_protocol": 1,
+        "bytes_sent": 1_000_000, "bytes_received": 4_000_000, "reachability": "private",
+        "protocol_version": 1, "newest_protocol": 1,
     }  # fmt: skip
     return StatusReply(**(fields | changes))  # type: ignore[arg-type]
 
@@ -179,7 +180,7 @@ def test_rates_are_of_late_and_begin_again_with_another_daemon() -> None:
     assert gathered.bytes_per_s == (0, 0)
     for second in range(1, 30):
         gathered.add(reply(uptime_s=100 + second, bytes_sent=1000 * max(0, second - 15), bytes_received=50 * second))
-    assert gathered.bytes_per_s == (pytest.approx(1000), pytest.approx(50))
+    assert gathered.bytes_per_s == pytest.approx((1000, 50))
     gathered.add(reply(uptime_s=3, bytes_sent=10, bytes_received=10))
     assert gathered.bytes_per_s == (0, 0)
 
