@@ -13,8 +13,9 @@ from typing import Protocol
 
 from braniac.node import control_pb2 as pb
 from braniac.node.clock import Clock
+from braniac.node.metrics import Metrics
 from braniac.node.policy import Policy, Reason
-from braniac.node.sensors import Sensors
+from braniac.node.sensors import Sample, Sensors
 
 MANUAL = "manual"
 
@@ -32,7 +33,11 @@ class Worker(Protocol):
 class Governor:
     """Looks at the sensors every few seconds and at the owner's word at once."""
 
-    def __init__(self, policy: Policy, sensors: Sensors, clock: Clock, sample_s: float) -> None:
+    def __init__(
+        self, policy: Policy, sensors: Sensors, clock: Clock, sample_s: float, metrics: Metrics | None = None
+    ) -> None:
+        self.sample = Sample()
+        """The last look at the sensors."""
         self.resting = False
         """Whether the worker was told to rest."""
         self.reasons: tuple[Reason, ...] = ()
@@ -41,6 +46,7 @@ class Governor:
         self._sensors = sensors
         self._clock = clock
         self._sample_s = sample_s
+        self._metrics = metrics
         self._manual: Reason | None = None
         self._finish = False
         self._told = asyncio.Event()
@@ -70,8 +76,11 @@ class Governor:
         now = self._clock.monotonic()
         if self._manual is not None and self._manual.until_s is not None and now >= self._manual.until_s:
             self._manual = None
-        found = self._policy.decide(await asyncio.to_thread(self._sensors.sample), now)
+        self.sample = await asyncio.to_thread(self._sensors.sample)
+        found = self._policy.decide(self.sample, now)
         self.reasons = ((self._manual,) if self._manual else ()) + found
+        if self._metrics is not None:
+            self._metrics.set_paused(reason.code for reason in self.reasons)
         if self.reasons and not self.resting:
             self.resting = True
             await worker.rest(finish=self._finish and not found)

@@ -7,6 +7,7 @@ which runs between two steps and whose result comes back to the event loop.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import queue
 import threading
@@ -47,14 +48,30 @@ class Progress:
 class TrainerThread:
     """Owns the trainer from `start` to `stop`."""
 
-    def __init__(self, trainer: Trainer, clock: Clock, *, threads: int, nice: int, tokens: int = 0) -> None:
-        """`tokens` is what earlier runs of this node have trained on."""
+    def __init__(
+        self,
+        trainer: Trainer,
+        clock: Clock,
+        *,
+        threads: int,
+        nice: int,
+        tokens: int = 0,
+        duty_percent: float = 100.0,
+        jobs: queue.SimpleQueue[Callable[[], None] | None] | None = None,
+    ) -> None:
+        """`tokens` is what earlier runs of this node have trained on; steps take `duty_percent` of the time at most.
+
+        `jobs` is where requests wait; a test may give a queue that lets the clock's time pass.
+        """
         self.progress = Progress(steps=trainer.step_count, tokens=tokens)
+        self.throttled_s = 0.0
+        """Time not spent on training for the sake of `duty_percent`."""
         self._trainer = trainer
         self._clock = clock
         self._torch_threads = threads
         self._nice = nice
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._idle_per_busy = (100.0 - duty_percent) / duty_percent
+        self._jobs = jobs or queue.SimpleQueue()
         self._training = threading.Event()
         self._failures_in_a_row = 0
         self._died: Future[None] = Future()
@@ -115,16 +132,32 @@ class TrainerThread:
             os.setpriority(os.PRIO_PROCESS, thread, max(present, self._nice))
 
     def _loop(self) -> None:
+        step_at_s = -math.inf  # the next step must not begin before
         while True:
-            idle = not self._training.is_set() or self.progress.stalled
+            now = self._clock.monotonic()
             try:
-                job = self._jobs.get(block=idle)
+                job = self._next_job(step_at_s - now)
             except queue.Empty:
+                began_s = self._clock.monotonic()
                 self._step()
+                ended_s = self._clock.monotonic()
+                step_at_s = ended_s + (ended_s - began_s) * self._idle_per_busy
                 continue
             if job is None:
                 return
             job()
+
+    def _next_job(self, idle_s: float) -> Callable[[], None] | None:
+        """A request, waited for as long as there is nothing to train; queue.Empty when a step may begin."""
+        if not self._training.is_set() or self.progress.stalled:
+            return self._jobs.get()
+        if idle_s <= 0:
+            return self._jobs.get(block=False)
+        began_s = self._clock.monotonic()
+        try:
+            return self._jobs.get(timeout=idle_s)
+        finally:
+            self.throttled_s += self._clock.monotonic() - began_s
 
     def _step(self) -> None:
         began = self._clock.monotonic()
@@ -141,7 +174,7 @@ class TrainerThread:
             )
             return
         self._failures_in_a_row = 0
-        speed = result.tokens / max(1e-9, self._clock.monotonic() - began)
+        speed = result.tokens / max(1e-9, (self._clock.monotonic() - began) * (1 + self._idle_per_busy))
         loss = before.loss
         if result.widths == self._trainer.model.neurons:
             loss = result.loss if loss is None else loss + _SMOOTHING * (result.loss - loss)
