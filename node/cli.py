@@ -27,7 +27,8 @@ app = typer.Typer(
     name="braniac-node",
     help="Train one language model together with strangers' devices.",
     epilog="Exit codes: 0 clean, 1 failed, 2 wrong use or setting, 4 already running, 5 another run or protocol, "
-    "6 key file unusable or in use elsewhere, 7 port, socket, memory or disk, 8 unreadable state, 9 no node running.",
+    "6 key file unusable or in use elsewhere, 7 port, socket, memory or disk, 8 unreadable state, 9 no node running, "
+    "10 and 11 the warnings and errors of doctor.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -136,9 +136,12 @@ def costs(
         manifest = run_file.read(run.expanduser())[0]
     else:
         assert link is not None
+        from braniac.node.join_link import parse_link
+
+        wanted = parse_link(link)  # first: what it takes to ask a peer takes seconds to load
         from braniac.node.look import manifest_behind
 
-        manifest = manifest_behind(link, settings.network.call_timeout_s)
+        manifest = manifest_behind(wanted, settings.network.call_timeout_s)
     found = _costs(manifest, settings, swarm_peers)
     typer.echo(commands.json_text(found["json"]) if json else found["text"])
 

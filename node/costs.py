@@ -24,8 +24,8 @@ from braniac.protocol.messages import CertificateName, FragmentState, Heartbeat
 
 PEERS = 8
 """In the swarm, this node included, where nobody says how many."""
-PROGRAM_BYTES = 350_000_000  # resident memory of a node that trains next to nothing: torch, hivemind, grpc
-P2PD_BYTES = 50_000_000
+PROGRAM_BYTES = 430_000_000  # resident memory of a node that trains next to nothing: torch, hivemind, grpc
+P2PD_BYTES = 80_000_000
 _DAY_S = 86_400
 _ADDRESSES = ("/ip4/203.0.113.7/tcp/31337/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp",)
 _REPLY_BYTES = 11  # the swarm time, which is all that most calls are answered with

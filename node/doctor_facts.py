@@ -22,7 +22,6 @@ from pathlib import Path
 import psutil
 
 from braniac.model.errors import ModelError
-from braniac.model.trainer import memory_bytes_needed
 from braniac.node import address_file, bridge, control, control_pb2, costs, identity_copy, identity_file, run_file
 from braniac.node.checkpoint import from_generation
 from braniac.node.config import NodeConfig
@@ -230,7 +229,7 @@ def _memory_needed(config: NodeConfig, manifest: Manifest | None) -> list[int]:
         model, settings = bridge.model_of(manifest)[0], train_settings(config.train, manifest)
     except (NodeError, ModelError):
         return []
-    return [memory_bytes_needed(model, tier, settings) for tier in range(model.tiers)]
+    return [each.memory_bytes for each in costs.costs_of(manifest, model, settings)]
 
 
 def _disk_needed(config: NodeConfig, manifest: Manifest | None) -> int | None:

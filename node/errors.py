@@ -10,7 +10,8 @@
   x NotRunning                   9  no daemon answers on the control socket
 
 Every message is one sentence that names the cause and what to do next; the command line prints it without a traceback.
-Exit code 0 is a clean leave, 3 is kept for "restart wanted", 2 is also what the argument parser uses.
+Exit code 0 is a clean leave, 3 is kept for "restart wanted", 2 is also what the argument parser uses; `doctor` ends
+with 10 for warnings and 11 for errors that it found.
 """
 
 from __future__ import annotations

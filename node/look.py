@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from braniac.node import identity_file
 from braniac.node.errors import Incompatible, NodeError
-from braniac.node.join_link import JoinLink, parse_link
+from braniac.node.join_link import JoinLink
 from braniac.node.p2pd import P2pdOptions
 from braniac.node.transport import Transport, Unreachable
 from braniac.node.transport_libp2p import LibP2PTransport
@@ -20,12 +20,12 @@ from braniac.protocol.errors import ManifestError, VersionMismatch
 from braniac.protocol.manifest import Manifest, open_manifest
 
 
-def manifest_behind(link: str, timeout_s: float) -> Manifest:
+def manifest_behind(link: JoinLink, timeout_s: float) -> Manifest:
     """The manifest of a link's run, from the first of its addresses that gives it.
 
-    Raises ConfigError, ResourceError, Incompatible for a peer in another run, NodeError if nobody answers.
+    Raises ResourceError, Incompatible for a peer in another run, NodeError if nobody answers.
     """
-    return asyncio.run(_look(parse_link(link), timeout_s))
+    return asyncio.run(_look(link, timeout_s))
 
 
 async def _look(link: JoinLink, timeout_s: float) -> Manifest:

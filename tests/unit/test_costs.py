@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 
 from braniac.model.config import PRESETS
 from braniac.model.trainer import TrainSettings, memory_bytes_needed
@@ -137,9 +142,7 @@ async def test_a_person_is_asked_and_obeyed(answer: bool) -> None:
     assert text.endswith("Download 917.5 kB and take part? [Y/n] ")
 
 
-async def test_where_nobody_can_answer_the_log_says_it(caplog: pytest.LogCaptureFixture) -> None:
-    import structlog
-
+async def test_where_nobody_can_answer_the_log_says_it() -> None:
     with structlog.testing.capture_logs() as entries:
         await consent.before_the_first_download(NodeConfig(), found(), PRESETS["tiny"], TrainSettings(), 3, None)
     [entry] = entries
@@ -147,5 +150,36 @@ async def test_where_nobody_can_answer_the_log_says_it(caplog: pytest.LogCapture
     assert set(entry) >= {"memory", "disk", "each_way_per_day"}
 
 
-def test_without_a_terminal_nobody_is_asked() -> None:
-    assert consent.terminal_ask() is None
+def test_without_a_terminal_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(os.devnull, encoding="utf-8") as nobody:
+        monkeypatch.setattr(sys, "stdin", nobody)
+        assert consent.terminal_ask() is None
+    assert consent.terminal_ask() is None  # closed
+
+
+@pytest.fixture
+def keyboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The keys of a terminal that is stdin."""
+    keys, screen = os.openpty()
+    with open(screen, encoding="utf-8") as stdin, open(keys, "rb", buffering=0):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield keys
+
+
+@pytest.mark.parametrize(
+    ("typed", "agreed"),
+    [(b"y\n", True), (b"Yes\n", True), (b"\n", True), (b"n\n", False), (b"what?\n", False), (b"\x04", False)],
+)
+async def test_an_answer_at_a_terminal(keyboard: int, typed: bytes, agreed: bool) -> None:
+    os.write(keyboard, typed)
+    async with asyncio.timeout(60):
+        assert await consent._ask("Really? ") is agreed
+
+
+async def test_who_leaves_need_not_answer(keyboard: int) -> None:
+    asked = asyncio.ensure_future(consent._ask("Really? "))
+    await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert not asyncio.get_running_loop().remove_reader(sys.stdin.fileno())

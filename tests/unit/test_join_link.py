@@ -28,7 +28,7 @@ PEERS = st.binary(max_size=8).map(lambda seed: peer_id_text(Identity.from_seed(h
 HOSTS = st.one_of(
     st.ip_addresses(v=4).map(lambda ip: f"/ip4/{ip}"),
     st.ip_addresses(v=6).map(lambda ip: f"/ip6/{ip.compressed}"),
-    st.from_regex(r"\A[a-z][a-z0-9-]{0,20}\.[a-z]{2,8}\Z").map(lambda name: f"/dns4/{name}"),
+    st.from_regex(r"\A[a-z][a-z0-9]{0,20}(-[a-z0-9]{1,8})?\.[a-z]{2,8}\Z").map(lambda name: f"/dns4/{name}"),
 )
 ADDRESSES = st.builds("{}/{}/{}/p2p/{}".format, HOSTS, st.sampled_from(["tcp", "udp"]), st.integers(1, 65535), PEERS)
 LINKS = st.builds(
