@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import os
 import secrets
@@ -25,9 +26,10 @@ from pathlib import Path
 
 from braniac.node import identity_file
 from braniac.node.clock import SwarmClock, SystemClock
-from braniac.node.config import CapsSection
+from braniac.node.config import CapsSection, RunSection
 from braniac.node.daily_meter import DailyMeter
 from braniac.node.exchange import BlobUnavailable, Exchange
+from braniac.node.founding import found_run
 from braniac.node.metrics import Metrics
 from braniac.node.p2pd import P2pdOptions
 from braniac.node.store import Store
@@ -40,7 +42,6 @@ from braniac.protocol.identity import Identity, peer_id_text
 _HOSTS = ("10.99.7.1", "10.99.7.2")
 _PORT = 4001
 _BLOB_BYTES = 3_000_000
-_BLOBS_MAX = 200
 _MESSAGE_BYTES = 2_000  # a heartbeat of a run with 24 fragments
 _MESSAGE_S = 1.0
 
@@ -54,6 +55,16 @@ class Case:
     download_kib_per_s: float = 0.0  # of the peer that downloads
     daily_mib: float = 0.0  # of the peer that downloads
     seconds: float = 30.0
+
+    @property
+    def rate_bytes_per_s(self) -> float:
+        """0 without one."""
+        return 1024 * (self.upload_kib_per_s or self.download_kib_per_s)
+
+    @property
+    def blobs(self) -> int:
+        """Enough for all that may be moved, and a few more."""
+        return 3 + int(max(self.rate_bytes_per_s * self.seconds, self.daily_mib * (1 << 20)) / _BLOB_BYTES)
 
 
 CASES = (
@@ -88,17 +99,14 @@ class Peer:
         return peer
 
 
-async def serve(root: Path, host: str, caps: CapsSection) -> None:
+async def serve(root: Path, host: str, caps: CapsSection, blobs: int) -> None:
     """Put blobs into a store, tell their names, serve them until stdin ends."""
-    from braniac.node.config import RunSection
-    from braniac.node.founding import found_run
-
     peer = await Peer.start(root, host, caps)
     manifest, _, _ = found_run(RunSection(), peer.identity, time.time())
     peer.exchange.engine = Engine(manifest, peer.identity, 0, incarnation=1, now=time.time(), history=History(manifest))
     print(json.dumps({"address": f"/ip4/{host}/tcp/{_PORT}/p2p/{peer_id_text(peer.transport.peer_id)}"}), flush=True)
     blob = bytearray(secrets.token_bytes(_BLOB_BYTES))
-    for number in range(_BLOBS_MAX):
+    for number in range(blobs):
         blob[:8] = number.to_bytes(8)
         peer.store.put(bytes(blob))
         if number == 0:
@@ -108,11 +116,9 @@ async def serve(root: Path, host: str, caps: CapsSection) -> None:
     await peer.transport.close()
 
 
-async def download(root: Path, host: str, caps: CapsSection, server: Path, address: str, seconds: float) -> None:
+async def download(root: Path, caps: CapsSection, server: Path, address: str, case: Case) -> None:
     """Fetch one blob after the other; print what came of it."""
-    import hashlib
-
-    peer = await Peer.start(root, host, caps)
+    peer = await Peer.start(root, _HOSTS[1], caps)
     holder = await peer.transport.connect(address, timeout_s=10)
     blob = bytearray((server / "blob").read_bytes())
     got, refused = 0, ""
@@ -130,8 +136,8 @@ async def download(root: Path, host: str, caps: CapsSection, server: Path, addre
 
     talk = asyncio.create_task(chatter())
     try:
-        async with asyncio.timeout(seconds):
-            for number in range(_BLOBS_MAX):
+        async with asyncio.timeout(case.seconds):
+            for number in range(case.blobs):
                 blob[:8] = number.to_bytes(8)
                 digest = hashlib.sha256(blob).digest()
                 await peer.exchange.fetch(peer.transport, digest, len(blob), [holder], "blob", count)
@@ -219,11 +225,13 @@ def measure(case: Case) -> dict[str, object]:
 
 def judge(case: Case, sent: int, received: int, seconds: float) -> dict[str, object]:
     """What was bounded against what the interface carried."""
-    rate = (case.upload_kib_per_s or case.download_kib_per_s) * 1024
     if case.daily_mib:
         allowed, measured = case.daily_mib * (1 << 20), float(sent + received)
     else:
-        allowed, measured = rate * seconds, float(received)  # the download of one is the upload of the other
+        allowed, measured = (
+            case.rate_bytes_per_s * seconds,
+            float(received),
+        )  # the download of one is the upload of the other
     return {
         "case": case.name,
         "seconds": round(seconds, 2),
@@ -246,13 +254,13 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.serve:
         caps = CapsSection(upload_kib_per_s=arguments.case.upload_kib_per_s)
-        asyncio.run(serve(arguments.serve, _HOSTS[0], caps))
+        asyncio.run(serve(arguments.serve, _HOSTS[0], caps, arguments.case.blobs))
         return 0
     if arguments.fetch:
         case = arguments.case
         caps = CapsSection(download_kib_per_s=case.download_kib_per_s, daily_mib=case.daily_mib)
         folder, address = arguments.source.split(",")
-        asyncio.run(download(arguments.fetch, _HOSTS[1], caps, Path(folder), address, case.seconds))
+        asyncio.run(download(arguments.fetch, caps, Path(folder), address, case))
         return 0
     if sys.platform != "linux" or os.geteuid() != 0:
         print(json.dumps({"skipped": "network namespaces need Linux and root: run it with sudo"}))

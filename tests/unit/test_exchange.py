@@ -104,7 +104,9 @@ async def asker(make: Callable[[int], Node]) -> Node:
 
 @pytest.fixture
 async def holder(make: Callable[[int], Node]) -> Node:
+    """In a run, because who rests or is not in one yet serves nothing."""
     node = make(1)
+    node.take_part()
     await node.serve()
     return node
 
@@ -222,7 +224,12 @@ async def test_a_chunk_out_of_bounds_is_refused(asker: Node, holder: Node) -> No
     assert (reply.refusal, reply.chunk, reply.blob_bytes) == ("", b"89", 10)
 
 
-async def test_before_a_run_is_known_everything_about_it_is_refused(asker: Node, holder: Node) -> None:
+async def test_before_a_run_is_known_everything_about_it_is_refused(asker: Node, make: Callable[[int], Node]) -> None:
+    holder = make(1)
+    await holder.serve()
+    digest = holder.store.put(b"here")
+    chunk = pb.ChunkRequest(digest=digest, length=4)
+    assert (await asker.ask(holder.peer, pb.Request(chunk=chunk))).refusal == "not_ready"
     assert (await asker.ask(holder.peer, pb.Request(envelope=b"hello"))).refusal == "not_ready"
     assert (await asker.ask(holder.peer, pb.Request(manifest=pb.ManifestRequest()))).refusal == "not_ready"
     assert holder.received() == holder.refused(Refusal.NOT_READY) == 1  # the question was no message
