@@ -263,5 +263,6 @@ def _head(connection: h11.Connection, status: HTTPStatus, answer: _Answer, lengt
     headers = {**_HEADERS, "Content-Type": answer.content_type, **(answer.headers or {})}
     if length is not None:
         headers["Content-Length"] = str(length)
-    response = h11.Response(status_code=status.value, reason=status.phrase, headers=list(headers.items()))
+    fields = [(name.encode(), value.encode()) for name, value in headers.items()]
+    response = h11.Response(status_code=status.value, reason=status.phrase.encode(), headers=fields)
     return connection.send(response) or b""

@@ -1,8 +1,12 @@
-"""The web page of a real daemon in a real headless Chromium: charts fill, Pause pauses, Resume resumes."""
+"""A real daemon as a service, and its web page in a real headless Chromium.
+
+What it tells its service manager; that charts fill, Pause pauses, Resume resumes, and nothing sticks out of any screen.
+"""
 
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import urllib.error
 import urllib.request
@@ -12,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.procs import chromium
+from tests.procs import chromium, helpers
 from tests.procs.chromium import Page
 from tests.procs.helpers import Node, Nodes, nodes_below, until
 
@@ -34,18 +38,50 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def live(nodes: Nodes) -> Iterator[Node]:
-    """A daemon with a page that trains."""
-    node = nodes.make("a").start("--web")
+def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[socket.socket]:
+    """A service manager's socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(str(tmp_path_factory.mktemp("manager") / "notify"))
+        channel.setblocking(False)
+        yield channel
+
+
+def heard(manager: socket.socket) -> Iterator[list[str]]:
+    """Every datagram that has come, as its lines."""
+    while True:
+        try:
+            yield manager.recv(4096).decode().split("\n")
+        except BlockingIOError:
+            return
+
+
+@pytest.fixture(scope="module")
+def live(nodes: Nodes, manager: socket.socket) -> Iterator[Node]:
+    """A daemon with a page that trains as a service."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(helpers.ENVIRONMENT, "NOTIFY_SOCKET", manager.getsockname())
+        patch.setitem(helpers.ENVIRONMENT, "WATCHDOG_USEC", "600000000")
+        node = nodes.make("a").start("--web")
+    until(lambda: any("READY=1" in lines for lines in heard(manager)), "its being ready")
     node.training(certificates=2)
     yield node
     assert node.stop() == 0
     assert node.words() == []
+    assert any("STOPPING=1" in lines for lines in heard(manager))
 
 
 def url(node: Node) -> str:
     """What its log says."""
     return str(node.logged("serving the web page")[-1]["url"])
+
+
+def test_a_service_manager_hears_how_it_goes(live: Node, manager: socket.socket) -> None:
+    until(
+        lambda: any(
+            lines[0] == "WATCHDOG=1" and lines[1].startswith("STATUS=training, slot ") for lines in heard(manager)
+        ),
+        "a ping",
+    )
 
 
 def test_what_a_program_gets(live: Node) -> None:
@@ -62,15 +98,12 @@ def test_what_a_program_gets(live: Node) -> None:
     assert json.loads(line.removeprefix(b"data: "))["run_id"] == status["run_id"]
 
 
-def test_a_second_page_on_one_port(live: Node, nodes: Nodes) -> None:
-    port = url(live).split(":")[2].rstrip("/")
-    other = nodes.make("b").start("--web", "--set", f"web.port={port}")
-    assert f"cannot serve the web page on 127.0.0.1 port {port} " in other.failed(7)
-
-
 def settle(page: Page, script: str, what: str) -> Any:
     """Wait until an expression is true in the page."""
-    return until(lambda: page.run(script), f"{what}; the page says {page.run('document.body.innerText')}")
+    try:
+        return until(lambda: page.run(script), what)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; the page says {page.run('document.body?.innerText')}") from None
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="no Chromium: install one, or name it in the variable CHROMIUM")

@@ -284,7 +284,7 @@ async def test_what_another_site_sends_is_refused(server: WebServer, source: Sou
         {"sec_fetch_site": "cross-site"}, {"sec_fetch_site": "same-site"},
     ):  # fmt: skip
         for path in ("/api/pause", "/api/resume"):
-            assert (await ask(server, request(server, "POST", path, b"{}", **changed)))[0] == 403, changed  # type: ignore[arg-type]
+            assert (await ask(server, request(server, "POST", path, b"{}", **changed)))[0] == 403, changed
     form = request(server, "POST", "/api/pause", b"{}", content_type="application/x-www-form-urlencoded")
     assert (await ask(server, form))[0] == 415
     for path in ("/api/status", "/api/watch"):
