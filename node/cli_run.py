@@ -47,10 +47,10 @@ def init(
       braniac-node init run.yaml
       braniac-node join --run run.braniac
     """
-    from braniac.node import run_spec
-
     if example:
-        typer.echo(run_spec.EXAMPLE, nl=False)
+        from braniac.node.run_example import EXAMPLE
+
+        typer.echo(EXAMPLE, nl=False)
         return
     if file is None:
         raise ConfigError("init needs the description of a run: `braniac-node init --example > run.yaml` writes one")
@@ -58,9 +58,9 @@ def init(
     target = out or file.with_suffix(".braniac")
     if target.exists() and not force:  # said before anything is made
         raise ConfigError(f"{target} exists: choose another --out, or replace that run with --force")
-    spec = run_spec.read_spec(file)
-    from braniac.node import identity_file, run_file
+    from braniac.node import identity_file, run_file, run_spec
 
+    spec = run_spec.read_spec(file)
     _make(settings.state.dir)
     identity = identity_file.load_or_create(settings.state.dir / "identity.key")
     manifest, body, signature = run_spec.manifest_of(spec, identity, time.time())

@@ -8,7 +8,7 @@ from pathlib import Path
 from braniac.node import identity_file
 from braniac.node.errors import ConfigError, IdentityFileError
 from braniac.node.lock import DirectoryLock
-from braniac.protocol.identity import Identity, peer_id_text
+from braniac.protocol.identity import Identity, PeerId, peer_id_text
 
 
 def path_in(state_dir: Path) -> Path:
@@ -62,7 +62,7 @@ def import_(state_dir: Path, source: Path, *, overwrite: bool) -> Identity:
     return identity
 
 
-def _peer_at(path: Path) -> bytes | None:
+def _peer_at(path: Path) -> PeerId | None:
     """Whose key that is; None if it cannot be used."""
     try:
         return identity_file.load(path).peer_id

@@ -20,7 +20,8 @@ from braniac.node.errors import ConfigError, Incompatible
 from braniac.node.founding import RECIPES, train_settings
 from braniac.node.identity_file import load
 from braniac.node.run_data import run_data
-from braniac.node.run_spec import EXAMPLE, manifest_of, parse_spec, read_spec
+from braniac.node.run_example import EXAMPLE
+from braniac.node.run_spec import manifest_of, parse_spec, read_spec
 from braniac.protocol.errors import VersionMismatch
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest, open_manifest, sign_manifest
