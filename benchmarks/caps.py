@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -20,9 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import structlog
 
 from braniac.node import identity_file
 from braniac.node.clock import SwarmClock, SystemClock
@@ -155,7 +157,7 @@ def shell(*words: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 
-@contextmanager
+@contextlib.contextmanager
 def namespaces() -> Iterator[tuple[str, str]]:
     """Two namespaces, joined by a veth pair, removed at the end."""
     names = tuple(f"caps{os.getpid()}{side}" for side in "ab")
@@ -197,30 +199,37 @@ def heard(process: subprocess.Popen[str]) -> dict[str, object]:
     return told
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """A peer ends when its stdin does."""
+    try:
+        process.communicate(timeout=20)
+    finally:
+        process.kill()
+
+
 def measure(case: Case) -> dict[str, object]:
     """One case in namespaces of its own."""
-    with namespaces() as (a, b), tempfile.TemporaryDirectory() as folder:
+    with namespaces() as (a, b), tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
         roots = [Path(folder) / name for name in "ab"]
         for root in roots:
             root.mkdir()
-        server = start(a, "--serve", str(roots[0]), "--case", json.dumps(asdict(case)))
+        told = json.dumps(asdict(case))
+        server = start(a, "--serve", str(roots[0]), "--case", told)
+        ends.callback(end, server)
         address = str(heard(server)["address"])
         heard(server)
-        client = start(
-            b, "--fetch", str(roots[1]), "--from", f"{roots[0]},{address}", "--case", json.dumps(asdict(case))
-        )
+        client = start(b, "--fetch", str(roots[1]), "--from", f"{roots[0]},{address}", "--case", told)
+        ends.callback(end, client)
         heard(client)
         before, began = wire(b), time.monotonic()
         assert client.stdin is not None
         client.stdin.write("\n")
         client.stdin.flush()
-        told = heard(client)
+        outcome = heard(client)
         seconds = time.monotonic() - began
         after = wire(b)
-        for process in (client, server):
-            process.communicate()
     sent, received = after[0] - before[0], after[1] - before[1]
-    return judge(case, sent, received, seconds) | told
+    return judge(case, sent, received, seconds) | outcome
 
 
 def judge(case: Case, sent: int, received: int, seconds: float) -> dict[str, object]:
@@ -252,6 +261,7 @@ def main() -> int:
     parser.add_argument("--fetch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--from", dest="source", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for answers
     if arguments.serve:
         caps = CapsSection(upload_kib_per_s=arguments.case.upload_kib_per_s)
         asyncio.run(serve(arguments.serve, _HOSTS[0], caps, arguments.case.blobs))

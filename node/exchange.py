@@ -238,30 +238,37 @@ class Exchange:
         missing = size
         offsets = iter(range(0, size, limits.CHUNK_BYTES_MAX))
 
-        async def worker() -> None:
+        failures: list[Unreachable | BlobUnavailable] = []
+
+        async def pull_chunk(begin: int) -> None:
             nonlocal missing
-            for begin in offsets:
-                offset, end = begin, min(begin + limits.CHUNK_BYTES_MAX, size)
-                while offset < end and not self.throttle.used_up:
-                    length = min(end - offset, self.throttle.piece_bytes(self.throttle.download))
-                    request = pb.Request(chunk=pb.ChunkRequest(digest=digest, offset=offset, length=length))
-                    reply = await self._call(transport, holder, request, kind)
-                    count = len(reply.chunk)  # a holder with little bandwidth may give less than was asked for
-                    few = count < min(length, limits.PIECE_BYTES_MIN)
-                    if reply.refusal or few or count > length or reply.blob_bytes != size:
-                        raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({_code(reply)})")
-                    data[offset : offset + count] = reply.chunk
-                    offset += count
-                    missing -= count
-                    on_bytes(count)
+            offset, end = begin, min(begin + limits.CHUNK_BYTES_MAX, size)
+            while offset < end and not failures and not self.throttle.used_up:
+                length = min(end - offset, self.throttle.piece_bytes(self.throttle.download))
+                request = pb.Request(chunk=pb.ChunkRequest(digest=digest, offset=offset, length=length))
+                reply = await self._call(transport, holder, request, kind)
+                count = len(reply.chunk)  # a holder with little bandwidth may give less than was asked for
+                few = count < min(length, limits.PIECE_BYTES_MIN)
+                if reply.refusal or few or count > length or reply.blob_bytes != size:
+                    raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({_code(reply)})")
+                data[offset : offset + count] = reply.chunk
+                offset += count
+                missing -= count
+                on_bytes(count)
+
+        async def worker() -> None:
+            try:
+                for begin in offsets:
+                    await pull_chunk(begin)
+            except (Unreachable, BlobUnavailable) as error:
+                failures.append(error)  # calls under way may end: what they bring must be counted
 
         workers = min(_CHUNKS_AT_A_TIME, -(-size // limits.CHUNK_BYTES_MAX))
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(workers):
-                    group.create_task(worker())
-        except* (Unreachable, BlobUnavailable) as errors:
-            raise errors.exceptions[0] from None
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(worker())
+        if failures:
+            raise failures[0]
         if missing:
             raise BlobUnavailable("the quota of bytes for today is used up")
         if await asyncio.to_thread(_sha256, data) != digest:
