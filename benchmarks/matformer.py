@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from braniac.model.budget import choose, parameter_costs
+from braniac.model.budget import choose, parameter_costs, refine
 from braniac.model.checkpoint import from_safetensors, to_safetensors
 from braniac.model.config import PRESETS, ModelConfig
 from braniac.model.consistency import model_consistency, width_consistency
@@ -45,7 +45,7 @@ from braniac.model.tiers import parameter_count, tier_width, tier_widths
 from braniac.model.trainer import Trainer, TrainSettings
 
 NAMES = ("joint", "tier0", "tier1", "tier2", "tier3")
-HELD_OUT_WINDOWS = 64
+HELD_OUT_WINDOWS = 256
 SENSITIVITY_WINDOWS = 32
 PROMPTS = 6
 PROMPT_TOKENS = 64
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--adam-learning-rate", type=float, default=0.01)
     parser.add_argument("--kl-weight", type=float, default=0.0, help="of the joint model")
     parser.add_argument("--mixed-maps", type=int, default=1, help="random width maps in each step of the joint model")
-    parser.add_argument("--mixed-weight", type=float, default=0.5, help="of each such map, in units of a tier's")
+    parser.add_argument("--mixed-weight", type=float, default=1.0, help="of each such map, in units of a tier's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/matformer"))
@@ -164,8 +164,8 @@ def mixnmatch(
     """Width maps chosen for parameter budgets between the tiers, each beside the straight line between its neighbours.
 
     Each map has two neighbouring tiers' widths only: maps of very uneven widths fall off the curve (docs/LOG.md). The
-    additive proxy can be wrong, so its choice competes with the wide layers all first and all last. Everything is
-    chosen on training text and reported on held-out text.
+    additive proxy can be wrong, so its choice is refined by real losses. Everything is chosen on training text and
+    reported on held-out text.
     """
     config = model.config
     chosen_on = batches.batch(0)
@@ -180,9 +180,7 @@ def mixnmatch(
         proxy = Sensitivities(full_loss=measured.full_loss, layers=layers)
         for share in (1 / 3, 2 / 3):
             choice = choose(costs, proxy, narrow + share * (wide - narrow))
-            maps = [choice.widths, tuple(sorted(choice.widths)), tuple(sorted(choice.widths, reverse=True))]
-            losses = evaluate_maps(model, maps, chosen_on)
-            best = maps[losses.index(min(losses))]
+            best, _ = refine(model, costs, choice.widths, choice.cost, chosen_on)
             (control,) = controls(model, [best], windows, seed=0, unnested=unnested)
             at = (choice.cost - narrow) / (wide - narrow)
             line = narrow_loss + at * (wide_loss - narrow_loss)

@@ -5,11 +5,13 @@ the layers' costs add up. So do, in the proxy, the layers' loss increases. Under
 layer is a multiple-choice knapsack, solved here by dynamic programming over the combinations that no other beats in
 both cost and loss (Nemhauser & Ullmann 1969, Management Science 15(9)). No grid of costs is needed: seconds are
 compared as they were measured, and a combination is kept only if its own sum is within the budget.
-`choose_greedily` is the usual heuristic, there as a check: it never finds a lower proxy loss.
+`choose_greedily` is the usual heuristic, there as a check: it never finds a lower proxy loss. `refine` goes on from
+there with real losses, since a layer's increase depends on what the others are.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ import numpy.typing as npt
 
 from braniac.model.config import ModelConfig
 from braniac.model.errors import ConfigError
-from braniac.model.mixnmatch import Sensitivities, checked_candidates
+from braniac.model.gpt import GPT
+from braniac.model.mixnmatch import Sensitivities, Windows, checked_candidates, evaluate_maps
 from braniac.model.tiers import heads_at, layer_of, shapes_at
 
 Floats = npt.NDArray[np.float64]
@@ -168,6 +171,39 @@ def choose_greedily(costs: CostTable, proxy: Sensitivities, budget: float) -> Ch
         if best[1] == 0:
             return _choice(costs, proxy, chosen)
         chosen = best[2]
+
+
+def refine(
+    model: GPT, costs: CostTable, start: Sequence[int], budget: float, windows: Windows, rounds: int = 8
+) -> tuple[tuple[int, ...], float]:
+    """Improve a width map by real losses where the proxy's sums mislead: the map and its loss, nats per token.
+
+    Each of at most `rounds` rounds measures every map that gives one layer another width, or two layers each other's,
+    and is within the budget; the best one becomes the start of the next round. Raises ConfigError as `choose` does.
+    """
+    costs.check_budget(budget)
+    best = tuple(start)
+    seen = dict(zip([best], evaluate_maps(model, [best], windows), strict=True))
+    for _ in range(rounds):
+        near = [widths for widths in _neighbours(best, costs) if widths not in seen and costs.of(widths) <= budget]
+        seen |= zip(near, evaluate_maps(model, near, windows), strict=True)
+        before, best = best, min(seen, key=lambda widths: (seen[widths], widths))
+        if best == before:
+            break
+    return best, seen[best]
+
+
+def _neighbours(widths: tuple[int, ...], costs: CostTable) -> set[tuple[int, ...]]:
+    """Every map one change away."""
+    changed = {
+        (*widths[:layer], width, *widths[layer + 1 :]) for layer, table in enumerate(costs.layers) for width in table
+    }
+    swapped = set()
+    for a, b in itertools.combinations(range(len(widths)), 2):
+        other = list(widths)
+        other[a], other[b] = widths[b], widths[a]
+        swapped.add(tuple(other))
+    return (changed | swapped) - {widths}
 
 
 def _undominated(spent: Floats, loss: Floats, budget: float) -> Integers:

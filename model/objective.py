@@ -49,7 +49,7 @@ class ObjectiveSettings:
     mixed_maps: int = 0
     """joint, sandwich: random width maps in each step besides, each layer at one of two neighbouring tiers' widths."""
 
-    mixed_weight: float = 0.5
+    mixed_weight: float = 1.0
     """joint, sandwich: weight of each of those maps, in units of a tier's mean weight."""
 
     alphas: tuple[float, ...] = ()

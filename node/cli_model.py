@@ -128,6 +128,9 @@ def mixnmatch(
     data: Annotated[
         list[Path] | None, typer.Option("--data", metavar="PATH", help="Text whose held-out part to use; repeatable.")
     ] = None,
+    refined: Annotated[
+        bool, typer.Option("--refine", help="Improve the choice by measuring the maps near it. Takes much longer.")
+    ] = False,
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Write the choice to FILE.")] = None,
     use: Annotated[
         Path | None, typer.Option("--use", metavar="FILE", help="Take the map in this recipe instead of choosing one.")
@@ -140,7 +143,8 @@ def mixnmatch(
     """Choose an FFN width for every layer of a model.
 
     Measures what narrowing each layer costs in loss, and finds the map of the least sum within the budget. PERMUTED is
-    the loss of the same map with each layer's neurons in random order: what the nesting is worth.
+    the loss of the same map with each layer's neurons in random order: what the nesting is worth. The sum is only a
+    guess at the loss; --refine goes on from there with real losses.
 
     \b
     Examples:
@@ -166,6 +170,7 @@ def mixnmatch(
             data=paths,
             recipe=recipe,
             out=out,
+            refined=refined,
         )
     typer.echo(commands.json_text(result) if json else mixnmatch_command.mixnmatch_text(result))
 

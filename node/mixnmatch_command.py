@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from braniac.model.budget import CostTable, choose, choose_greedily, flop_costs, parameter_costs
+from braniac.model.budget import (
+    Choice,
+    CostTable,
+    choose,
+    choose_greedily,
+    flop_costs,
+    parameter_costs,
+    refine,
+)
 from braniac.model.data import Batches
 from braniac.model.gpt import GPT
 from braniac.model.hf import load_folder, save_folder
@@ -41,11 +49,13 @@ def choose_map(
     data: tuple[Path, ...],
     recipe: Path | None,
     out: Path | None,
+    refined: bool = False,
 ) -> dict[str, Any]:
     """Measure, choose, write recipe and model if asked to; what was found, as for JSON. Raises ModelError, NodeError.
 
     Beside the chosen map stand the whole model, the greedy choice and the widest equal width that fits, each with its
     loss when the neurons are in random order. `length` is the tokens that a token attends to (flops) or that are timed.
+    `refined` goes on from the chosen map with real losses, and keeps what that finds.
     """
     _check_free(out)
     model, _ = load_folder(folder)
@@ -54,7 +64,10 @@ def choose_map(
     windows = _windows(model, data)
     proxy = sensitivities(model, windows, tuple(costs.layers[0]))
     chosen, greedy = choose(costs, proxy, budget), choose_greedily(costs, proxy, budget)
+    kept = refine(model, costs, chosen.widths, budget, windows)[0] if refined else chosen.widths
     maps = {"whole": model.neurons, "chosen": chosen.widths, "greedy": greedy.widths}
+    if refined:
+        maps["refined"] = kept
     equal = [(width,) * len(model.neurons) for width in sorted(costs.layers[0])]
     if affordable := [widths for widths in equal if costs.of(widths) <= budget]:
         maps["equal"] = affordable[-1]
@@ -70,9 +83,11 @@ def choose_map(
         for name, control in zip(maps, controls(model, list(maps.values()), windows, _SEED), strict=True)
     ]
     if recipe is not None:
-        save_recipe(recipe, recipe_of(model, costs, chosen, budget, expected_loss=rows[1]["loss"]))
+        loss = next(row["loss"] for row in rows if tuple(row["widths"]) == kept)
+        choice = Choice(widths=kept, cost=costs.of(kept), expected_loss=proxy.expected_loss(kept))
+        save_recipe(recipe, recipe_of(model, costs, choice, budget, expected_loss=loss))
     if out is not None:
-        save_folder(extract(model, chosen.widths), out, source=folder)
+        save_folder(extract(model, kept), out, source=folder)
     layers = [{str(width): increase for width, increase in layer.items()} for layer in proxy.layers]
     return {"unit": costs.unit, "budget": budget, "maps": rows, "sensitivities": layers}
 

@@ -66,6 +66,19 @@ def test_a_map_is_chosen_kept_and_used_again(
     assert load_folder(again)[0].neurons == written.neurons
 
 
+def test_a_refined_map_is_no_worse_and_is_what_is_kept(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, budget = tmp_path / "recipe.json", parameter_count(CONFIG, 1)
+    common = [str(folder), "--data", str(text)]
+    result = run([*common, "--budget", str(budget), "--refine", "--recipe", str(recipe), "--widths", "8,32,64"], capsys)
+    maps = {row["map"]: row for row in result["maps"]}
+    assert list(maps) == ["whole", "chosen", "greedy", "refined", "equal"]
+    assert maps["refined"]["cost"] <= budget
+    assert maps["refined"]["loss"] <= maps["chosen"]["loss"]
+    assert run([*common, "--use", str(recipe)], capsys)["maps"][0]["widths"] == maps["refined"]["widths"]
+
+
 @pytest.mark.parametrize("unit", ["flops", "seconds"])
 def test_flops_and_seconds_are_budgets_too(
     folder: Path, text: Path, unit: str, capsys: pytest.CaptureFixture[str]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from braniac.model.budget import choose, choose_greedily, parameter_costs
+from braniac.model.budget import choose, choose_greedily, parameter_costs, refine
 from braniac.model.config import ModelConfig
 from braniac.model.data import Batches
 from braniac.model.errors import ConfigError
@@ -29,7 +29,7 @@ from braniac.model.mixnmatch import (
 )
 from braniac.model.objective import Mode, ObjectiveSettings
 from braniac.model.sources import Corpus
-from braniac.model.tiers import is_gain, parameter_shapes
+from braniac.model.tiers import is_gain, parameter_shapes, tier_widths
 from braniac.model.trainer import Trainer, TrainSettings
 
 SMALL = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, context=16)
@@ -228,6 +228,22 @@ def test_a_chosen_map_is_really_good_for_its_size(nested: GPT, windows: Windows,
         assert choice.expected_loss <= choose_greedily(costs, measured, budget).expected_loss
         affordable = sorted(loss for widths, loss in losses.items() if costs.of(widths) <= budget)
         assert losses[choice.widths] <= affordable[len(affordable) // 5]
+
+
+def test_refining_goes_downhill_by_real_losses_and_stays_within_the_budget(nested: GPT, windows: Windows) -> None:
+    costs = parameter_costs(TOY, tier_widths(TOY))
+    budget = costs.of((64, 8))
+    start = (8, 32)
+    found, loss = refine(nested, costs, start, budget, windows)
+    assert costs.of(found) <= budget
+    every = [widths for widths in enumerate_maps(TOY, tier_widths(TOY)) if costs.of(widths) <= budget]
+    losses = dict(zip(every, evaluate_maps(nested, every, windows), strict=True))
+    assert loss == losses[found] < losses[start]
+    near = [w for w in every if (w[0] == found[0]) != (w[1] == found[1]) or w == found[::-1]]
+    assert loss <= min(losses[widths] for widths in near)
+    assert refine(nested, costs, start, budget, windows, rounds=0) == (start, losses[start])
+    with pytest.raises(ConfigError, match="allows no width map"):
+        refine(nested, costs, start, 1, windows)
 
 
 @each_family
