@@ -12,7 +12,7 @@ import pytest
 from braniac.node import status as status_module
 from braniac.node.clock import FakeClock, SwarmClock
 from braniac.node.commands import json_text, message_dict
-from braniac.node.config import NetworkSection, NodeConfig, StateSection
+from braniac.node.config import CapsSection, NetworkSection, NodeConfig, StateSection
 from braniac.node.exchange import Exchange
 from braniac.node.governor import Governor
 from braniac.node.joiner import DownloadBar
@@ -20,9 +20,10 @@ from braniac.node.metrics import EventLoopLag, Metrics
 from braniac.node.network import Network
 from braniac.node.policy import Policy
 from braniac.node.replies import peers_text, status_text
-from braniac.node.sensors import Sensors
+from braniac.node.sensors import Sample, Sensors
 from braniac.node.startup import Equipment
 from braniac.node.status import Status
+from braniac.node.throttle import Throttle
 from braniac.protocol import events, limits
 from braniac.protocol.identity import peer_id_text
 from braniac.protocol.wire import Heartbeat
@@ -189,13 +190,16 @@ def test_forfeits_and_the_download_are_told(watched: Watched) -> None:
 async def test_the_traffic_of_a_slot_is_without_downloads(watched: Watched) -> None:
     exchange = watched.equipment.exchange
     watched.status.take_part(watched.node.engine, watched.node.replica)
-    await watched.slot()
-    before = watched.node.engine.slot
+    for _ in range(3):
+        await watched.slot()
+    busy = watched.node.engine.slot
     exchange.received.update(message=30, blob=400, anchor=5000)
     exchange.sent.update(message=7, blob=80, anchor=900)
-    await watched.slot()
-    [record] = [record for record in watched.status.status(before).slots if record.slot == before]
-    assert (record.bytes_received, record.bytes_sent) == (430, 87)
+    for _ in range(3):
+        await watched.slot()
+    told = {record.slot: (record.bytes_received, record.bytes_sent) for record in watched.status.status(0).slots}
+    assert told.pop(busy) == (430, 87)
+    assert set(told.values()) == {(0, 0)}
 
 
 async def test_what_is_remembered_is_bounded(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,3 +260,30 @@ def test_the_newest_protocol_that_was_heard(watched: Watched) -> None:
     assert watched.status.status(0).newest_protocol == limits.PROTOCOL_VERSION
     watched.equipment.exchange.hear_version(limits.PROTOCOL_VERSION + 1)
     assert watched.status.status(0).newest_protocol == limits.PROTOCOL_VERSION + 1
+
+
+async def test_caps_are_told_with_what_is_used_of_them(watched: Watched) -> None:
+    caps = watched.status.status(0).caps
+    assert (caps.threads, caps.duty_fraction, caps.daily_bytes, caps.disk_bytes) == (1, 1.0, 0, 0)
+    assert (caps.daily_bytes_used, caps.disk_bytes_used, caps.memory_bytes_used) == (0, 0, 0)
+    watched.equipment.exchange.throttle.meter.add(700.0, 300.0)
+    watched.governor.sample = Sample(disk_used_bytes=5, memory_bytes=6)
+    sections = CapsSection(
+        duty_percent=25, upload_kib_per_s=2, download_kib_per_s=3, daily_mib=0.5, disk_mib=7, memory_mib=8
+    )
+    throttle = Throttle(sections, watched.equipment.clock, watched.equipment.exchange.throttle.meter)
+    watched.equipment.exchange.throttle = throttle
+    watched.equipment.config = watched.equipment.config.model_copy(update={"caps": sections})
+    caps = watched.status.status(0).caps
+    assert (caps.duty_fraction, caps.upload_bytes_per_s, caps.download_bytes_per_s) == (0.25, 2048, 3072)
+    assert (caps.daily_bytes, caps.daily_bytes_used) == (1 << 19, 1000)
+    assert (caps.disk_bytes, caps.disk_bytes_used) == (7 << 20, 5)
+    assert (caps.memory_bytes, caps.memory_bytes_used) == (8 << 20, 6)
+
+
+async def test_throttled_time_reaches_the_metrics(watched: Watched) -> None:
+    watched.status.take_part(watched.node.engine, watched.node.replica)
+    watched.node.replica.trainer.throttled_s = 12.5
+    watched.status.slot_began(events.SlotBegan(1, 0))
+    watched.status.slot_began(events.SlotBegan(2, 0))
+    assert watched.metric("braniac_cpu_throttled_seconds_total") == 12.5
