@@ -25,7 +25,9 @@ def doctor(json: Json = False, state_dir: StateDir = None, config: ConfigFile = 
     settings = node_config(config, set_, state__dir=state_dir)
     from braniac.node import doctor as judge
     from braniac.node.doctor_facts import gather
+    from braniac.node.logs import configure_logging
 
+    configure_logging("error", settings.log.format)
     found = judge.findings(gather(settings))
     code = judge.exit_code(found)
     if json:

@@ -139,7 +139,10 @@ def costs(
         from braniac.node.join_link import parse_link
 
         wanted = parse_link(link)  # first: what it takes to ask a peer takes seconds to load
+        from braniac.node.logs import configure_logging
         from braniac.node.look import manifest_behind
+
+        configure_logging("warning", settings.log.format)
 
         manifest = manifest_behind(wanted, settings.network.call_timeout_s)
     found = _costs(manifest, settings, swarm_peers)

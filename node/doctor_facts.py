@@ -49,11 +49,12 @@ _SENSORS = tuple(
 def gather(config: NodeConfig) -> Facts:
     """Look at everything; what cannot be found out is None. Takes some seconds."""
     state_dir = config.state.dir
+    look = Sensors(state_dir if state_dir.is_dir() else None)
+    look.sample()  # how busy the processor is shows between two looks
     daemon, daemon_trouble = _daemon(config)
     manifest, of = _run(config)
     identity, identity_trouble = _identity(state_dir)
-    sample = Sensors(state_dir if state_dir.is_dir() else None).sample()
-    present, missing = sensors(sample)
+    present, missing = sensors(look.sample())
     return Facts(
         versions={
             **{name: importlib.metadata.version(name) for name in _DISTRIBUTIONS},

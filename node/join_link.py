@@ -94,7 +94,7 @@ def qr_text(link: JoinLink) -> str:
     import segno
 
     out = io.StringIO()
-    segno.make(str(link), error="l", micro=False).terminal(out, border=2, compact=True)
+    segno.make(str(link), error="l", micro=False).terminal(out, compact=True)
     return out.getvalue()
 
 
