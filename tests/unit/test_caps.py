@@ -59,7 +59,7 @@ def passing(clock: FakeClock) -> Callable[[float], asyncio.Future[None]]:
 # Rates
 
 
-@settings(derandomize=True, max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=60, deadline=None)
 @given(
     rate=st.floats(1000, 1e7),
     calls=st.lists(
