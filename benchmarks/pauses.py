@@ -30,7 +30,6 @@ from braniac.node.swarm import Peer, Swarm
 
 log = structlog.get_logger(__name__)
 
-_STATE_S_MAX = 60.0  # for a state to be reached
 _SETTLE_S = 3.0  # after a pause began, before its processor time is taken
 _SLACK = {"rss_bytes": 24e6, "p2pd_rss_bytes": 12e6, "threads": 4, "fds": 12}  # above 10% of growth
 
@@ -107,9 +106,7 @@ class Pauses(Swarm):
         log.info("paused and resumed", node=peer.index, paused_cpu=round(use.paused_cpu[-1], 4))
 
     async def _reach(self, peer: Peer, state: str) -> None:
-        async with asyncio.timeout(_STATE_S_MAX):
-            while await self._is(peer, state) is None:
-                await asyncio.sleep(0.1)
+        await self._until(lambda: self._is(peer, state))
 
     def _sample(self, peer: Peer) -> None:
         main, children = _processes(peer)
@@ -174,7 +171,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--every-s", type=float, default=60.0, help="time between two pauses")
     parser.add_argument("--pause-s", type=float, default=30.0, help="length of a pause")
-    parser.add_argument("--slot-s", type=float, default=1.0, help="slot length in seconds")
+    parser.add_argument("--slot-s", type=float, default=2.0, help="slot length in seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every daemon")
     parser.add_argument("--keep-dir", type=Path, help="keep states and logs here")

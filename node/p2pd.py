@@ -228,14 +228,15 @@ def _command(identity_path: Path, control: Path, options: P2pdOptions) -> list[s
         "tls": 1,
         "autonat": nat | service,  # tell others whether they can be dialled, and punch holes
         "natPortMap": nat,
-        "relay": 1,  # to dial peers through relays; without it only those with -relay could talk to them
+        "relay": nat | service,  # not for all: with it p2pd relays a little for anybody, whatever relayService says
         "relayService": service,
         "autoRelay": nat,
         "forceReachabilityPrivate": nat,  # a relay at once, not when others have found out
         "forceReachabilityPublic": service,  # else it relays only when others have found out
     }
     if options.behind_nat and options.relays:
-        flags["trustedRelays"] = ",".join(options.relays)
+        # Asked at once; relays found in the DHT would be asked minutes later, and these two do not go together.
+        flags |= {"trustedRelays": ",".join(options.relays), "relayDiscovery": 0}
     if options.announce:
         flags["announceAddrs"] = ",".join(options.announce)
     binary = Path(str(files("hivemind") / "hivemind_cli" / "p2pd"))

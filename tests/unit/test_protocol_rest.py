@@ -77,6 +77,22 @@ def test_it_offers_nothing_before_it_has_caught_up() -> None:
     assert not behind
 
 
+def test_what_was_heard_before_the_rest_is_no_news() -> None:
+    """After a short rest the others still count as live; it must hear them again before it believes to be current."""
+    swarm = Swarm.running([0] * 3, slots=1)
+    peer = swarm.peers[2]
+    peer.rest()
+    swarm.run(1.2)
+    assert not peer.awake
+    swarm.cut((0, 1), (2,))
+    peer.wake()
+    swarm.run(2.5)
+    assert peer.catching_up
+    swarm.cuts.clear()
+    converge(swarm, 6)
+    assert peer.engine.ready
+
+
 @pytest.mark.parametrize("slots", [3, 20])
 def test_the_founder_rests(slots: int) -> None:
     swarm = Swarm.running([0] * 3)
@@ -199,8 +215,8 @@ def tables(engine: Engine) -> dict[str, int]:
 
 
 def test_a_day_of_pause_and_resume_every_minute() -> None:
-    """24 hours of slots of a minute, in which every minute somebody goes to rest or goes on."""
-    swarm = Swarm.running([0] * 3, slot_s=60.0, layout=TileLayout(((16, 1),)))
+    """24 hours of slots of two minutes, in which every minute somebody goes to rest or goes on."""
+    swarm = Swarm.running([0] * 3, slot_s=120.0, layout=TileLayout(((16, 1),)))
     for peer in swarm.peers:
         peer.log = deque(maxlen=64)  # type: ignore[assignment]
     first, largest = swarm.slot, [dict[str, int]() for _ in range(2)]
@@ -210,7 +226,7 @@ def test_a_day_of_pause_and_resume_every_minute() -> None:
             peer.rest()
         else:
             peer.wake()
-        swarm.run(1)
+        swarm.run(0.5)
         for other in swarm.peers:
             tidy(other)
         if 120 <= minute < 240 or minute >= 22 * 60:
