@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -263,8 +263,8 @@ SAMPLES = st.builds(
 )
 
 
-@settings(derandomize=True, max_examples=150, deadline=None)
-@given(steps=st.lists(st.tuples(st.floats(0.1, 200), SAMPLES), max_size=30))
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(steps=st.lists(st.tuples(st.floats(0.1, 200), SAMPLES), max_size=20))
 def test_no_gate_toggles_twice_within_the_dwell_time(steps: list[tuple[float, Sample]]) -> None:
     policy, now, toggled, shut = policy_of(on_battery=False), 0.0, dict.fromkeys(CODES, -1e9), set[str]()
     for gap, sample in steps:
@@ -360,7 +360,6 @@ class Lasting:
 
 
 def test_the_week_is_the_same_every_time() -> None:
-    first, again = list(device_week.week()), list(device_week.week())
+    first, again = (list(islice(device_week.week(), 500)) for _ in range(2))
     assert first == again
-    assert first != [(now, replace(sample, plugged=True)) for now, sample in first]
-    assert len(first) == device_week.SAMPLES
+    assert first != list(islice(device_week.week(seed=7), 500))
