@@ -55,9 +55,7 @@ def test_the_help_of_a_verb_has_examples(verb: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(("group", "verb"), [(group, verb) for group, verbs in GROUPS.items() for verb in verbs])
-def test_the_help_of_a_verb_in_a_group_has_examples(
-    group: str, verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_help_of_a_verb_in_a_group_has_examples(group: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([group, "--help"]) == 0
     assert f"\n  {verb} " in capsys.readouterr().out
     assert main([group, verb, "--help"]) == 0
