@@ -189,6 +189,7 @@ def main() -> int:
         keep_dir=arguments.keep_dir,
         json=True,
     )
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     root = arguments.keep_dir or Path(tempfile.mkdtemp(prefix="braniac-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
