@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server in the daemon's own event loop: GET or HEAD of /metrics, /healthz and /readyz, and no more."""
+"""A small HTTP/1.1 server in the daemon's own event loop: GET or HEAD of /metrics, /healthz, /readyz; nothing else."""
 
 from __future__ import annotations
 
