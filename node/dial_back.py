@@ -13,7 +13,8 @@ import asyncio
 import contextlib
 import ipaddress
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from braniac.node.clock import Clock
 from braniac.node.errors import ConfigError
@@ -37,7 +38,7 @@ class DialBacks:
     def __init__(
         self,
         seen_from: Callable[[PeerId], Awaitable[Sequence[str]]],
-        probe: Callable[[str, int], Awaitable[bool]],
+        probe: Callable[[str, int], Coroutine[Any, Any, bool]],
         clock: Clock,
     ) -> None:
         """See Transport for `seen_from` and `probe`."""
