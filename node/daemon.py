@@ -61,6 +61,8 @@ class Daemon:
         self._resting = False
         self._catching_up = False
         """Back from a rest, and not yet where the others are."""
+        self._took_part = False
+        """Whether it has trained in this life, so that a fragment downloaded now costs own work."""
         self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState] = asyncio.Queue()
         self._fetching: set[bytes] = set()
         self._in_flight: Counter[PeerId] = Counter()
@@ -90,7 +92,7 @@ class Daemon:
         """All anchors are here: train, offer, sit in committees."""
         if self._leaving.is_set() or self._resting:
             return
-        self._catching_up = False
+        self._catching_up, self._took_part = False, True
         if self._bar is not None:
             self._bar.stop()
         self.node.metrics.set_state("training")
@@ -123,7 +125,6 @@ class Daemon:
         async with asyncio.TaskGroup() as farewell:
             for peer, data in self._engine.messages_to_send():
                 farewell.create_task(self.node.exchange.send(self.node.network.transport, peer, data))
-        log.info("left", generation=self._replica.generation)
 
     # --- resting -----------------------------------------------------------------------------------------------------
 
@@ -146,6 +147,7 @@ class Daemon:
         self.node.exchange.engine = None
         self.node.network.rest()
         await self.say_goodbye()
+        log.info("at rest", generation=self._replica.generation)
 
     async def wake(self) -> None:
         """Go on after `rest`: first listen, then train and take part."""
@@ -309,7 +311,7 @@ class Daemon:
 
     async def _restore(self, state: FragmentState) -> None:
         """A fragment was downloaded: take it over."""
-        again = self._engine.ready or self._catching_up
+        again = self._took_part
         try:
             await self._replica.restore(state)
         except WireError as error:  # asked for again after a window, in the state that the others hold then

@@ -165,6 +165,7 @@ class Service:
                         tasks.create_task(part)
             except* _Left:
                 await daemon.say_goodbye()  # when nothing else is said any more
+                log.info("left", generation=replica.generation)
 
     async def _leave_when_told(self, daemon: Daemon) -> None:
         await self._leaving.wait()

@@ -18,8 +18,10 @@ import pexpect.fdpexpect
 from tests.procs.helpers import COMMAND, ENVIRONMENT, PATIENCE_S
 
 # pexpect.spawn would fork this process, which has gRPC's threads; the new process takes its terminal itself instead.
+# Ctrl-C works there also if these tests run in the background of a shell, which has its jobs ignore it.
 _TAKE_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    "import fcntl, os, signal, sys, termios; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
 
 
@@ -54,9 +56,9 @@ class Terminal:
         """Give the terminal another size; who runs on it is told by the system."""
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
-    def end(self) -> tuple[int, str]:
+    def end(self, patience_s: float = PATIENCE_S) -> tuple[int, str]:
         """Wait for the command's end: its exit code and what it showed since the last `expect`."""
-        self.session.expect(pexpect.EOF)
+        self.session.expect(pexpect.EOF, timeout=patience_s)
         return self.process.wait(PATIENCE_S), self.session.before or ""
 
     def close(self) -> None:

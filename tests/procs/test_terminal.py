@@ -13,6 +13,7 @@ from braniac.node.control_pb2 import StatusReply
 from tests.procs.helpers import SLOT_S, Node, Nodes, command, nodes_below
 from tests.procs.terminal import Terminal, run, terminal
 
+_DAY_S = 280.0
 pytestmark = pytest.mark.timeout(300)  # a busy machine needs longer than most tests may take
 
 
@@ -49,7 +50,7 @@ def test_a_day_with_a_node(nodes: Nodes) -> None:
     node = nodes.make("a")
     daemon = first_start(node)
     shown: list[tuple[int, str]] = []
-    reader = threading.Thread(target=lambda: shown.append(daemon.end()))
+    reader = threading.Thread(target=lambda: shown.append(daemon.end(_DAY_S)))
     reader.start()
     here = ("--state-dir", node.state_dir)
     try:

@@ -185,7 +185,7 @@ def test_llama_cpp_computes_the_same(config: ModelConfig, dtype: Literal["f32", 
     [
         (dataclasses.replace(PLAIN, family="nanogpt"), None, None, "cannot run the nanogpt family"),
         (PLAIN, (64, 32), None, r"hold \(64, 32\) FFN neurons: choose one width"),
-        (PLAIN, (64, 32), 64, "holds 32 FFN neurons"),
+        (PLAIN, (64, 32), 64, "exceeds the 32 neurons"),
         (PLAIN, None, 12, "an FFN width of 12 is none of this model's"),
         (dataclasses.replace(PLAIN, vocab_size=512), None, None, "use llama.cpp's convert_hf_to_gguf.py"),
     ],
