@@ -32,12 +32,15 @@ class Clock(Protocol):
         """Seconds since 1970, as far as this machine knows; may be wrong by hours, and jump."""
 
 
+_UPTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
+
+
 class SystemClock:
     """The machine's clock."""
 
     def monotonic(self) -> float:
-        """See Clock."""
-        return time.monotonic()
+        """See Clock. On Linux time.monotonic() stands still while a phone or laptop sleeps, and slots do not."""
+        return time.monotonic() if _UPTIME is None else time.clock_gettime(_UPTIME)
 
     def wall(self) -> float:
         """See Clock."""
