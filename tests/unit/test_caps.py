@@ -220,8 +220,9 @@ async def test_a_blob_takes_the_time_that_the_cap_says(tmp_path: Path, side: str
         pieces = await pair.asker.fetch(blob_of(size), pair.holder)
         moved = sum(wire_bytes(piece) for piece in pieces)
         assert (max(pieces), len(pieces)) == (rate * KIB // 2, -(-size // (rate * KIB // 2)))
-        # The last piece leaves when the one before it is paid.
-        assert pair.elapsed_s == pytest.approx((moved - wire_bytes(pieces[-1])) / (rate * KIB), rel=0.05)
+        # The last piece leaves when all others are paid; which of them is the last, the workers' threads decide.
+        soonest_s, latest_s = ((moved - wire_bytes(last)) / (rate * KIB) for last in (max(pieces), min(pieces)))
+        assert 0.99 * soonest_s <= pair.elapsed_s <= 1.05 * latest_s
         assert pair.holder.meter.sent_bytes == pytest.approx(moved, rel=0.02)
         assert pair.asker.meter.received_bytes == pytest.approx(moved, rel=0.02)
 
