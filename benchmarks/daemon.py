@@ -23,7 +23,7 @@ import psutil
 
 from braniac.node.commands import aligned_text, json_text
 from braniac.node.config import control_socket_path
-from braniac.node.control import ControlClient
+from braniac.node.control_client import ControlClient
 from braniac.node.control_pb2 import StatusReply
 from braniac.node.errors import NodeError
 

@@ -23,7 +23,7 @@ import structlog
 
 from braniac.node.commands import json_text
 from braniac.node.config import SwarmOptions, control_socket_path
-from braniac.node.control import ControlClient
+from braniac.node.control_client import ControlClient
 from braniac.node.errors import NodeError
 from braniac.node.failures import explain
 from braniac.node.swarm import Peer, Swarm

@@ -36,7 +36,7 @@ def status(
       braniac-node status --json | jq .slot
       braniac-node status --check && echo well
     """
-    from braniac.node.control import ControlClient
+    from braniac.node.control_client import ControlClient
 
     client = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket)
     if check:
@@ -59,7 +59,7 @@ def peers(json: Json = False, state_dir: StateDir = None, config: ConfigFile = N
       braniac-node peers
       braniac-node peers --json | jq '.peers[].peer_id'
     """
-    from braniac.node.control import ControlClient
+    from braniac.node.control_client import ControlClient
 
     reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).peers()
     typer.echo(commands.json_text(commands.message_dict(reply)) if json else replies.peers_text(reply))
@@ -88,7 +88,7 @@ def pause(
       braniac-node pause --finish --for 8h
     """
     seconds = 0.0 if for_ is None else commands.parse_duration_s("--for", for_)
-    from braniac.node.control import ControlClient
+    from braniac.node.control_client import ControlClient
 
     ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).pause(seconds, finish)
     if json:
@@ -123,7 +123,7 @@ def resume(json: Json = False, state_dir: StateDir = None, config: ConfigFile = 
       braniac-node resume
       braniac-node resume --json | jq '.reasons[].code'
     """
-    from braniac.node.control import ControlClient
+    from braniac.node.control_client import ControlClient
 
     reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).resume()
     if json:
@@ -151,7 +151,7 @@ def contributions(
       braniac-node contributions
       braniac-node contributions --json | jq '.contributors[] | select(.me)'
     """
-    from braniac.node.control import ControlClient
+    from braniac.node.control_client import ControlClient
 
     reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).contributions()
     typer.echo(commands.json_text(commands.message_dict(reply)) if json else replies.contributions_text(reply, top))
@@ -211,7 +211,7 @@ def leave(
       braniac-node leave
       braniac-node leave --now
     """
-    from braniac.node.control import ControlClient
+    from braniac.node.control_client import ControlClient
 
     ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).leave(now=now)
     if json:

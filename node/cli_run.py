@@ -88,7 +88,7 @@ def link(
       braniac-node link
       braniac-node link --qr
     """
-    from braniac.node.control import ControlClient
+    from braniac.node.control_client import ControlClient
     from braniac.node.join_link import link_for, qr_text
 
     reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).status(since_slot=1 << 62)

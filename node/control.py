@@ -1,20 +1,17 @@
-"""The control API: gRPC on a unix socket that only its owner can open, with health and reflection.
+"""The server of the control API: gRPC on a unix socket, with health and reflection, in the daemon's event loop.
 
-`ControlServer` runs in the daemon's event loop; `ControlClient` is what the command line uses, and needs no event loop.
+Who may open the socket is in control_socket.py; who asks, in control_client.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import stat
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
-from urllib.parse import quote
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once by grpc's C core, which would write to our stderr
 
@@ -23,19 +20,18 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-from braniac.node import control_pb2, control_pb2_grpc
-from braniac.node.errors import AlreadyRunning, ConfigError, Incompatible, NodeError, NotRunning, ResourceError
+from braniac.node import control_pb2, control_pb2_grpc, control_socket
+from braniac.node.errors import ResourceError
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
-PATH_BYTES_MAX = 107  # sockaddr_un has room for 108, one of them the terminating zero
 REQUEST_BYTES_MAX = 1 << 16
-REPLY_BYTES_MAX = 1 << 26
 CALLS_MAX = 32
-ANSWER_S_MAX = 5.0
 WATCH_S_MIN = 0.1
 WATCH_SLOTS_LATE = 64
 PAUSE_S_MAX = 366 * 86_400
 NO_SLOTS = (1 << 64) - 1  # as `since_slot`: the status without any
+
+_Context = grpc.aio.ServicerContext[Message, Message]
 
 
 class ControlSource(Protocol):
@@ -75,8 +71,8 @@ class ControlServer:
 
     async def start(self) -> None:
         """Bind and serve. Raises ResourceError if the path cannot be a socket, AlreadyRunning if one answers there."""
-        _check_length(self.path)
-        _remove_stale(self.path)
+        control_socket.check_length(self.path)
+        control_socket.remove_stale(self.path)
         self._stopping.clear()
         server = grpc.aio.server(
             options=[("grpc.max_receive_message_length", REQUEST_BYTES_MAX)], maximum_concurrent_rpcs=CALLS_MAX
@@ -84,9 +80,9 @@ class ControlServer:
         control_pb2_grpc.add_ControlServicer_to_server(_Servicer(self._source, self._stopping), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        with _only_for_the_owner():
+        with control_socket.only_for_the_owner():
             try:
-                server.add_insecure_port(_target(self.path))
+                server.add_insecure_port(control_socket.target(self.path))
             except RuntimeError as error:
                 raise ResourceError(
                     f"cannot open the control socket {self.path}: choose another --state-dir"
@@ -120,18 +116,14 @@ class _Servicer(control_pb2_grpc.ControlServicer):
         self._source = source
         self._stopping = stopping
 
-    async def Status(
-        self, request: control_pb2.StatusRequest, context: grpc.aio.ServicerContext[Message, Message]
-    ) -> control_pb2.StatusReply:
+    async def Status(self, request: control_pb2.StatusRequest, context: _Context) -> control_pb2.StatusReply:
         return self._source.status(request.since_slot)
 
-    async def Peers(
-        self, request: control_pb2.PeersRequest, context: grpc.aio.ServicerContext[Message, Message]
-    ) -> control_pb2.PeersReply:
+    async def Peers(self, request: control_pb2.PeersRequest, context: _Context) -> control_pb2.PeersReply:
         return self._source.peers()
 
     async def Watch(
-        self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext[Message, Message]
+        self, request: control_pb2.WatchRequest, context: _Context
     ) -> AsyncIterator[control_pb2.StatusReply]:
         since_slot, period_s = request.since_slot, max(WATCH_S_MIN, request.period_s)
         sent: set[tuple[int, bytes]] = set()
@@ -149,164 +141,25 @@ class _Servicer(control_pb2_grpc.ControlServicer):
                 async with asyncio.timeout(period_s):
                     await self._stopping.wait()
 
-    async def Pause(
-        self, request: control_pb2.PauseRequest, context: grpc.aio.ServicerContext[Message, Message]
-    ) -> control_pb2.PauseReply:
+    async def Pause(self, request: control_pb2.PauseRequest, context: _Context) -> control_pb2.PauseReply:
         if not 0 <= request.seconds <= PAUSE_S_MAX:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a pause lasts from 0 to {PAUSE_S_MAX} seconds")
         self._source.pause(request.seconds, request.finish)
         return control_pb2.PauseReply()
 
-    async def Resume(
-        self, request: control_pb2.ResumeRequest, context: grpc.aio.ServicerContext[Message, Message]
-    ) -> control_pb2.ResumeReply:
+    async def Resume(self, request: control_pb2.ResumeRequest, context: _Context) -> control_pb2.ResumeReply:
         return self._source.resume()
 
     async def Reachability(
-        self, request: control_pb2.ReachabilityRequest, context: grpc.aio.ServicerContext[Message, Message]
+        self, request: control_pb2.ReachabilityRequest, context: _Context
     ) -> control_pb2.ReachabilityReply:
         return await self._source.reachability()
 
     async def Contributions(
-        self, request: control_pb2.ContributionsRequest, context: grpc.aio.ServicerContext[Message, Message]
+        self, request: control_pb2.ContributionsRequest, context: _Context
     ) -> control_pb2.ContributionsReply:
         return self._source.contributions()
 
-    async def Leave(
-        self, request: control_pb2.LeaveRequest, context: grpc.aio.ServicerContext[Message, Message]
-    ) -> control_pb2.LeaveReply:
+    async def Leave(self, request: control_pb2.LeaveRequest, context: _Context) -> control_pb2.LeaveReply:
         await self._source.leave(request.now)
         return control_pb2.LeaveReply()
-
-
-class ControlClient:
-    """Asks the daemon behind the unix socket `path`.
-
-    Every call raises NotRunning if nobody answers within `answer_s_max`, Incompatible if another version does, and
-    NodeError if the daemon failed.
-    """
-
-    def __init__(self, path: Path, answer_s_max: float = ANSWER_S_MAX) -> None:
-        self.path = path.absolute()
-        self._answer_s_max = answer_s_max
-
-    def status(self, since_slot: int = 0) -> control_pb2.StatusReply:
-        """How the node is doing, with the slots it remembers from `since_slot` on."""
-        with self._stub() as stub:
-            return stub.Status(control_pb2.StatusRequest(since_slot=since_slot), timeout=self._answer_s_max)
-
-    def peers(self) -> control_pb2.PeersReply:
-        """Whom the node knows."""
-        with self._stub() as stub:
-            return stub.Peers(control_pb2.PeersRequest(), timeout=self._answer_s_max)
-
-    def watch(
-        self,
-        since_slot: int = 0,
-        period_s: float = 1.0,
-        began: Callable[[Callable[[], object]], object] = lambda cancel: None,
-    ) -> Iterator[control_pb2.StatusReply]:
-        """Status now and every `period_s` seconds, each slot once; ends when the daemon does.
-
-        `began` is given a function that ends it from any thread.
-        """
-        with self._stub() as stub:
-            call = stub.Watch(control_pb2.WatchRequest(since_slot=since_slot, period_s=period_s))
-            began(call.cancel)
-            try:
-                yield from call
-            except grpc.RpcError as error:
-                if not isinstance(error, grpc.Call) or error.code() is not grpc.StatusCode.CANCELLED:
-                    raise  # cancelled by us, or by a daemon in a hurry
-
-    def pause(self, seconds: float = 0.0, finish: bool = False) -> None:
-        """Ask the daemon to rest for so long, 0 being until `resume`; with `finish`, after the slot in hand."""
-        with self._stub() as stub:
-            stub.Pause(control_pb2.PauseRequest(seconds=seconds, finish=finish), timeout=self._answer_s_max)
-
-    def resume(self) -> control_pb2.ResumeReply:
-        """End what `pause` began; the reply names what holds nevertheless."""
-        with self._stub() as stub:
-            return stub.Resume(control_pb2.ResumeRequest(), timeout=self._answer_s_max)
-
-    def reachability(self, answer_s_max: float = 30.0) -> control_pb2.ReachabilityReply:
-        """Have a peer try to dial the node."""
-        with self._stub() as stub:
-            return stub.Reachability(control_pb2.ReachabilityRequest(), timeout=answer_s_max)
-
-    def contributions(self) -> control_pb2.ContributionsReply:
-        """Who contributed how much."""
-        with self._stub() as stub:
-            return stub.Contributions(control_pb2.ContributionsRequest(), timeout=self._answer_s_max)
-
-    def leave(self, now: bool = False) -> None:
-        """Ask the daemon to stop; it does so after this returns."""
-        with self._stub() as stub:
-            stub.Leave(control_pb2.LeaveRequest(now=now), timeout=self._answer_s_max)
-
-    @contextmanager
-    def _stub(self) -> Iterator[control_pb2_grpc.ControlStub]:
-        """A connection for one call, and its errors in our words."""
-        _check_length(self.path)
-        options = [("grpc.max_receive_message_length", REPLY_BYTES_MAX), ("grpc.enable_http_proxy", 0)]
-        try:
-            with grpc.insecure_channel(_target(self.path), options) as channel:
-                yield control_pb2_grpc.ControlStub(channel)
-        except grpc.RpcError as error:
-            if not isinstance(error, grpc.Call):
-                raise
-            raise self._explain(error.code(), error.details() or "no details") from None
-
-    def _explain(self, code: grpc.StatusCode, details: str) -> NodeError:
-        daemon = f"the daemon on {self.path}"
-        if code is grpc.StatusCode.UNAVAILABLE:
-            return NotRunning(
-                f"no daemon answers on {self.path}: start one with 'braniac-node join', or name its --state-dir"
-            )
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return NotRunning(f"{daemon} did not answer within {self._answer_s_max:g} s: try again later")
-        if code is grpc.StatusCode.INVALID_ARGUMENT:
-            return ConfigError(details)
-        if code is grpc.StatusCode.UNIMPLEMENTED:
-            return Incompatible(f"{daemon} is of another version: restart it with this one")
-        return NodeError(f"{daemon} failed to answer ({details}): see its log")
-
-
-def _target(path: Path) -> str:
-    return "unix:" + quote(os.fsencode(path))
-
-
-def _check_length(path: Path) -> None:
-    length = len(os.fsencode(path))
-    if length > PATH_BYTES_MAX:
-        raise ResourceError(
-            f"the control socket's path {path} has {length} bytes and the system allows {PATH_BYTES_MAX}: "
-            "choose a shorter --state-dir"
-        )
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove what a killed daemon left. grpc would do so even to a socket on which a living one listens."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ResourceError(f"{path} is in the way of the control socket: remove it, or choose another --state-dir")
-    except OSError:
-        return  # nothing there, or nothing we may look at: binding will tell
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(ANSWER_S_MAX)
-        try:
-            probe.connect(os.fsencode(path))
-        except OSError:
-            path.unlink(missing_ok=True)
-            return
-    raise AlreadyRunning(f"a daemon answers on {path}: stop it, or choose another --state-dir")
-
-
-@contextmanager
-def _only_for_the_owner() -> Iterator[None]:
-    """Whatever is made inside has no permission bits for others, from its first instant."""
-    before = os.umask(0o177)
-    try:
-        yield
-    finally:
-        os.umask(before)

@@ -22,9 +22,11 @@ from pathlib import Path
 import psutil
 
 from braniac.model.errors import ModelError
-from braniac.node import address_file, bridge, control, control_pb2, costs, identity_copy, identity_file, run_file
+from braniac.node import address_file, bridge, control_pb2, costs, identity_copy, identity_file, run_file
 from braniac.node.checkpoint import from_generation
 from braniac.node.config import NodeConfig
+from braniac.node.control_client import ControlClient
+from braniac.node.control_socket import PATH_BYTES_MAX
 from braniac.node.doctor import DaemonFact, Facts, ListenFact
 from braniac.node.errors import ConfigError, NodeError, ResourceError
 from braniac.node.founding import choose_tier, found_run, free_memory_bytes, train_settings
@@ -184,7 +186,7 @@ def p2pd_trouble() -> str | None:
 
 
 def _daemon(config: NodeConfig) -> tuple[DaemonFact | None, str | None]:
-    client = control.ControlClient(config.control_socket)
+    client = ControlClient(config.control_socket)
     try:
         status = client.status(since_slot=1 << 62)
     except NodeError as error:
@@ -256,9 +258,9 @@ def _identity(state_dir: Path) -> tuple[Identity | None, str | None]:
 
 def _socket_path_trouble(path: Path) -> str | None:
     length = len(os.fsencode(path))
-    if length <= control.PATH_BYTES_MAX:
+    if length <= PATH_BYTES_MAX:
         return None
-    return f"the control socket's path {path} has {length} bytes and the system allows {control.PATH_BYTES_MAX}"
+    return f"the control socket's path {path} has {length} bytes and the system allows {PATH_BYTES_MAX}"
 
 
 def _listen(address: str) -> ListenFact:

@@ -9,7 +9,7 @@ from braniac.node.commands import bytes_text, duration_text, table_text
 from braniac.node.errors import NodeError
 
 if TYPE_CHECKING:  # grpc loads only for the commands that talk to a daemon
-    from braniac.node.control import ControlClient
+    from braniac.node.control_client import ControlClient
     from braniac.node.control_pb2 import ContributionsReply, PeersReply, StatusReply
 
 

@@ -26,7 +26,7 @@ import structlog
 from braniac.node import offline
 from braniac.node import swarm_report as report
 from braniac.node.config import SwarmOptions, control_socket_path
-from braniac.node.control import ControlClient
+from braniac.node.control_client import ControlClient
 from braniac.node.control_pb2 import StatusReply
 from braniac.node.errors import NodeError, NotRunning
 from braniac.protocol.committee import committee

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 
 from braniac.node.commands import json_text, message_dict
-from braniac.node.control import ControlClient
+from braniac.node.control_client import ControlClient
 from braniac.node.errors import NotRunning
 from braniac.node.screen import History, Picture, one_line
 

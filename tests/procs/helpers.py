@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import psutil
 
 from braniac.node.config import control_socket_path
-from braniac.node.control import ControlClient
+from braniac.node.control_client import ControlClient
 from braniac.node.control_pb2 import StatusReply
 from braniac.node.errors import NodeError
 

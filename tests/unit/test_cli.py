@@ -15,7 +15,7 @@ from braniac.model.errors import DataError, ModelError
 from braniac.node import commands, control_pb2, replies
 from braniac.node.cli import app, main
 from braniac.node.config import NodeConfig
-from braniac.node.control import ControlClient
+from braniac.node.control_client import ControlClient
 from braniac.node.errors import AlreadyRunning, ConfigError, NodeError
 from braniac.node.failures import explain
 from braniac.node.log_view import log_path

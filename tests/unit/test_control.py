@@ -19,7 +19,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from braniac.node import control_pb2
 from braniac.node.cli import main
-from braniac.node.control import PATH_BYTES_MAX, PAUSE_S_MAX, SERVICE, ControlClient, ControlServer
+from braniac.node.control import PAUSE_S_MAX, SERVICE, ControlServer
+from braniac.node.control_client import ControlClient
+from braniac.node.control_socket import PATH_BYTES_MAX
 from braniac.node.errors import AlreadyRunning, ConfigError, NodeError, NotRunning, ResourceError
 
 ROOT = Path(__file__).parents[2]
