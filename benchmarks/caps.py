@@ -27,6 +27,7 @@ from pathlib import Path
 import structlog
 
 from braniac.node import identity_file
+from braniac.node.blobs import Blobs
 from braniac.node.clock import SwarmClock, SystemClock
 from braniac.node.config import CapsSection, RunSection
 from braniac.node.daily_meter import DailyMeter
@@ -87,9 +88,9 @@ class Peer:
         self.transport = transport
         self.store = Store.open(root / "state")
         self.meter = DailyMeter(None, clock)
-        self.exchange = Exchange(
-            self.store, Metrics("benchmark", 1), clock, SwarmClock(clock), 20.0, Throttle(caps, clock, self.meter)
-        )
+        metrics, throttle = Metrics("benchmark", 1), Throttle(caps, clock, self.meter)
+        self.exchange = Exchange(self.store, metrics, clock, SwarmClock(clock), 20.0, throttle)
+        self.blobs = Blobs(self.store, self.exchange, metrics)
 
     @classmethod
     async def start(cls, root: Path, host: str, caps: CapsSection) -> Peer:
@@ -142,7 +143,7 @@ async def download(root: Path, caps: CapsSection, server: Path, address: str, ca
             for number in range(case.blobs):
                 blob[:8] = number.to_bytes(8)
                 digest = hashlib.sha256(blob).digest()
-                await peer.exchange.fetch(peer.transport, digest, len(blob), [holder], "blob", count)
+                await peer.blobs.fetch(peer.transport, digest, len(blob), [holder], "blob", count)
     except TimeoutError:
         pass
     except BlobUnavailable as error:

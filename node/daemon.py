@@ -15,6 +15,7 @@ from collections.abc import Coroutine
 import structlog
 
 from braniac.node import joiner
+from braniac.node.blobs import Blobs
 from braniac.node.exchange import BlobUnavailable
 from braniac.node.replica import Prepared, Replica, clipped
 from braniac.node.startup import Equipment, Membership
@@ -52,6 +53,7 @@ class Daemon:
         self._engine = engine
         self._status = status
         self._tasks = tasks
+        self._blobs = Blobs(node.store, node.exchange, node.metrics)
         self._wake = asyncio.Event()
         self._leaving = asyncio.Event()
         self._idle = asyncio.Event()
@@ -341,7 +343,7 @@ class Daemon:
         try:
             with self._status.phase("fetch"):
                 transport = self.node.network.transport
-                await self.node.exchange.fetch(transport, wanted.digest, wanted.size, wanted.holders)
+                await self._blobs.fetch(transport, wanted.digest, wanted.size, wanted.holders)
         except (BlobUnavailable, DiskFull) as error:
             log.debug("could not fetch", reason=str(error))
             ok = False
@@ -377,7 +379,7 @@ class Daemon:
             log.warning("downloading a fragment again", fragment=fragment, slot=lost.state.slot)
         self._replica.pin(lost.state.digest, self._engine.slot)
         try:
-            await self.node.exchange.fetch(
+            await self._blobs.fetch(
                 self.node.network.transport,
                 lost.state.digest,
                 self._replica.anchor_bytes(fragment),

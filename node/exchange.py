@@ -1,13 +1,11 @@
 """Requests between peers, above the transport: signed messages, chunks of blobs, the run's manifest.
 
-Everything bulky is pulled by hash in chunks of bounded size, each an own call with a deadline, from whoever has it;
-whatever arrives is checked against its hash before anybody sees it.
+Each is one call with a deadline, bounded in size, throttled and counted. blobs.py makes blobs of the chunks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -31,12 +29,11 @@ from braniac.protocol.manifest import Manifest, open_manifest
 
 log = structlog.get_logger(__name__)
 
-_CHUNKS_AT_A_TIME = 4
 VERSION_MAX = 1 << 16
 
 
 class BlobUnavailable(NodeError):
-    """No holder could deliver a blob."""
+    """A blob cannot be had, from one holder or from any."""
 
 
 class Exchange:
@@ -197,84 +194,15 @@ class Exchange:
             raise WireError(Refusal.NOT_READY, f"peer {short_name(peer)} did not try ({_code(reply)})")
         return reply.dial_back
 
-    async def fetch(
-        self,
-        transport: Transport,
-        digest: bytes,
-        size: int,
-        holders: Sequence[PeerId],
-        kind: str = "blob",
-        on_bytes: Callable[[int], None] = lambda count: None,
-    ) -> None:
-        """Bring a blob into the store, trying the holders in turn. Raises BlobUnavailable, DiskFull."""
-        if self._store.size(digest) == size:
-            return
-        reasons = []
-        for holder in holders:
-            if holder == transport.peer_id:
-                continue
-            try:
-                data = await self._pull(transport, holder, digest, size, kind, on_bytes)
-            except (Unreachable, BlobUnavailable) as error:
-                reasons.append(str(error))
-                continue
-            stored = await asyncio.to_thread(self._store.put, data)
-            assert stored == digest
-            return
-        why = "; ".join(reasons) or "nobody else has it"
-        raise BlobUnavailable(f"blob {digest.hex()[:8]} cannot be had now ({why})")
-
-    async def _pull(
-        self,
-        transport: Transport,
-        holder: PeerId,
-        digest: bytes,
-        size: int,
-        kind: str,
-        on_bytes: Callable[[int], None],
+    async def ask_chunk(
+        self, transport: Transport, holder: PeerId, chunk: pb.ChunkRequest, blob_bytes: int, kind: str
     ) -> bytes:
-        """The whole blob from one holder, in a few chunks at a time, checked against its hash."""
-        data = bytearray(size)
-        missing = size
-        offsets = iter(range(0, size, limits.CHUNK_BYTES_MAX))
-
-        failures: list[Unreachable | BlobUnavailable] = []
-
-        async def pull_chunk(begin: int) -> None:
-            nonlocal missing
-            offset, end = begin, min(begin + limits.CHUNK_BYTES_MAX, size)
-            while offset < end and not failures and not self.throttle.used_up:
-                length = min(end - offset, self.throttle.piece_bytes(self.throttle.download))
-                request = pb.Request(chunk=pb.ChunkRequest(digest=digest, offset=offset, length=length))
-                reply = await self._call(transport, holder, request, kind)
-                count = len(reply.chunk)  # a holder with little bandwidth may give less than was asked for
-                few = count < min(length, limits.PIECE_BYTES_MIN)
-                if reply.refusal or few or count > length or reply.blob_bytes != size:
-                    raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({_code(reply)})")
-                data[offset : offset + count] = reply.chunk
-                offset += count
-                missing -= count
-                on_bytes(count)
-
-        async def worker() -> None:
-            try:
-                for begin in offsets:
-                    await pull_chunk(begin)
-            except (Unreachable, BlobUnavailable) as error:
-                failures.append(error)  # calls under way may end: what they bring must be counted
-
-        workers = min(_CHUNKS_AT_A_TIME, -(-size // limits.CHUNK_BYTES_MAX))
-        async with asyncio.TaskGroup() as group:
-            for _ in range(workers):
-                group.create_task(worker())
-        if failures:
-            raise failures[0]
-        if missing:
-            raise BlobUnavailable("the quota of bytes for today is used up")
-        if await asyncio.to_thread(_sha256, data) != digest:
-            self._metrics.refuse_message(Refusal.WRONG_DIGEST)
-            raise BlobUnavailable(f"peer {short_name(holder)} sent other bytes than their hash says")
-        return bytes(data)
+        """A piece of a blob of `blob_bytes` bytes, maybe less than asked for. Raises Unreachable, BlobUnavailable."""
+        reply = await self._call(transport, holder, pb.Request(chunk=chunk), kind)
+        few = len(reply.chunk) < min(chunk.length, limits.PIECE_BYTES_MIN)
+        if reply.refusal or few or len(reply.chunk) > chunk.length or reply.blob_bytes != blob_bytes:
+            raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({_code(reply)})")
+        return reply.chunk
 
     async def _call(self, transport: Transport, peer: PeerId, request: pb.Request, kind: str) -> pb.Reply:
         data = request.SerializeToString()
@@ -311,7 +239,3 @@ def _code(reply: pb.Reply) -> str:
         return "not what was asked for"
     known = reply.refusal in Refusal.__members__.values()
     return reply.refusal if known else "in words we do not know"
-
-
-def _sha256(data: bytearray) -> bytes:
-    return hashlib.sha256(data).digest()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from braniac.model.config import PRESETS
 from braniac.model.trainer import StepResult, TrainSettings, memory_bytes_needed
+from braniac.node.blobs import Blobs
 from braniac.node.clock import FakeClock, SwarmClock
 from braniac.node.config import CapsSection, Tier
 from braniac.node.daily_meter import DailyMeter
@@ -170,7 +171,9 @@ class Node:
         swarm_clock = SwarmClock(clock)
         self.meter = DailyMeter(None, clock, local=utc)
         self.throttle = Throttle(caps, clock, self.meter, passing(clock))
-        self.exchange = Exchange(self.store, Metrics("test", 1), clock, swarm_clock, PATIENCE_S, self.throttle)
+        metrics = Metrics("test", 1)
+        self.exchange = Exchange(self.store, metrics, clock, swarm_clock, PATIENCE_S, self.throttle)
+        self.blobs = Blobs(self.store, self.exchange, metrics)
         manifest = make_manifest(self.identity)
         self.exchange.engine = Engine(manifest, self.identity, 0, incarnation=1, now=EPOCH_S, history=History(manifest))
         self.transport = network.join(self.peer)
@@ -179,7 +182,7 @@ class Node:
         """The sizes of the pieces in which it came."""
         pieces: list[int] = []
         digest = holder.store.put(blob)
-        await self.exchange.fetch(self.transport, digest, len(blob), [holder.peer], on_bytes=pieces.append)
+        await self.blobs.fetch(self.transport, digest, len(blob), [holder.peer], on_bytes=pieces.append)
         assert self.store.get(digest) == blob
         return pieces
 
@@ -270,7 +273,7 @@ async def test_the_quota_ends_uploads_too(tmp_path: Path) -> None:
 async def test_what_did_not_come_is_not_paid(tmp_path: Path) -> None:
     async with Pair(tmp_path, asker=CapsSection(download_kib_per_s=64, daily_mib=1)) as pair:
         with pytest.raises(BlobUnavailable, match="undialable"):
-            await pair.asker.exchange.fetch(pair.asker.transport, bytes(32), 20_000, [identity(9).peer_id])
+            await pair.asker.blobs.fetch(pair.asker.transport, bytes(32), 20_000, [identity(9).peer_id])
         assert pair.asker.meter.used_bytes() < 1000
         assert pair.asker.throttle.download.delay_s() < 0.05
 
@@ -285,7 +288,7 @@ async def test_crumbs_are_refused(tmp_path: Path) -> None:
         pair.holder.transport._handlers.clear()
         await pair.holder.transport.serve(crumbs)
         with pytest.raises(BlobUnavailable):
-            await pair.asker.exchange.fetch(pair.asker.transport, bytes(32), 50_000, [pair.holder.peer])
+            await pair.asker.blobs.fetch(pair.asker.transport, bytes(32), 50_000, [pair.holder.peer])
         assert pair.asker.transport.traffic.calls["ok"] == 1
 
 

@@ -1,0 +1,112 @@
+"""Everything bulky is pulled by its hash, in chunks of bounded size, from whoever has it.
+
+A holder is not trusted: the whole is checked against its hash before anybody sees it, and then the next one is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+
+from braniac.node.exchange import BlobUnavailable, Exchange
+from braniac.node.metrics import Metrics
+from braniac.node.store import Store
+from braniac.node.transport import Transport, Unreachable
+from braniac.protocol import limits
+from braniac.protocol import messages_pb2 as pb
+from braniac.protocol.errors import Refusal
+from braniac.protocol.identity import PeerId, short_name
+
+_CHUNKS_AT_A_TIME = 4
+
+
+class Blobs:
+    """Brings blobs from peers into the store."""
+
+    def __init__(self, store: Store, exchange: Exchange, metrics: Metrics) -> None:
+        self._store = store
+        self._exchange = exchange
+        self._metrics = metrics
+
+    async def fetch(
+        self,
+        transport: Transport,
+        digest: bytes,
+        size: int,
+        holders: Sequence[PeerId],
+        kind: str = "blob",
+        on_bytes: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Bring a blob into the store, trying the holders in turn. Raises BlobUnavailable, DiskFull.
+
+        `kind` is what its bytes are counted as; `on_bytes` hears of each chunk how long it was.
+        """
+        if self._store.size(digest) == size:
+            return
+        reasons = []
+        for holder in holders:
+            if holder == transport.peer_id:
+                continue
+            try:
+                data = await self._pull(transport, holder, digest, size, kind, on_bytes)
+            except (Unreachable, BlobUnavailable) as error:
+                reasons.append(str(error))
+                continue
+            stored = await asyncio.to_thread(self._store.put, data)
+            assert stored == digest
+            return
+        why = "; ".join(reasons) or "nobody else has it"
+        raise BlobUnavailable(f"blob {digest.hex()[:8]} cannot be had now ({why})")
+
+    async def _pull(
+        self,
+        transport: Transport,
+        holder: PeerId,
+        digest: bytes,
+        size: int,
+        kind: str,
+        on_bytes: Callable[[int], None],
+    ) -> bytes:
+        """The whole blob from one holder, in a few chunks at a time, checked against its hash."""
+        throttle = self._exchange.throttle
+        data = bytearray(size)
+        missing = size
+        offsets = iter(range(0, size, limits.CHUNK_BYTES_MAX))
+        failures: list[Unreachable | BlobUnavailable] = []
+
+        async def pull_chunk(begin: int) -> None:
+            nonlocal missing
+            offset, end = begin, min(begin + limits.CHUNK_BYTES_MAX, size)
+            while offset < end and not failures and not throttle.used_up:
+                length = min(end - offset, throttle.piece_bytes(throttle.download))
+                request = pb.ChunkRequest(digest=digest, offset=offset, length=length)
+                piece = await self._exchange.ask_chunk(transport, holder, request, size, kind)
+                data[offset : offset + len(piece)] = piece
+                offset += len(piece)  # a holder with little bandwidth may give less than was asked for
+                missing -= len(piece)
+                on_bytes(len(piece))
+
+        async def worker() -> None:
+            try:
+                for begin in offsets:
+                    await pull_chunk(begin)
+            except (Unreachable, BlobUnavailable) as error:
+                failures.append(error)  # calls under way may end: what they bring must be counted
+
+        workers = min(_CHUNKS_AT_A_TIME, -(-size // limits.CHUNK_BYTES_MAX))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(worker())
+        if failures:
+            raise failures[0]
+        if missing:
+            raise BlobUnavailable("the quota of bytes for today is used up")
+        if await asyncio.to_thread(_sha256, data) != digest:
+            self._metrics.refuse_message(Refusal.WRONG_DIGEST)
+            raise BlobUnavailable(f"peer {short_name(holder)} sent other bytes than their hash says")
+        return bytes(data)
+
+
+def _sha256(data: bytearray) -> bytes:
+    return hashlib.sha256(data).digest()
