@@ -13,6 +13,7 @@ from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.messages import Certificate, CertificateName
+from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Member, Roster
 from braniac.protocol.rounds import Rounds
 
@@ -29,6 +30,7 @@ class Certificates:
         history: History,
         roster: Roster,
         rounds: Rounds,
+        outbox: Outbox,
         emit: Callable[[events.Event], None],
     ) -> None:
         """Slots up to `start_slot` are not reported: they belong to an earlier life of this peer."""
@@ -39,6 +41,7 @@ class Certificates:
         self._history = history
         self._roster = roster
         self._rounds = rounds
+        self._outbox = outbox
         self._emit = emit
         self._asked: dict[bytes, int] = {}
         self._settled: set[int] = set()
@@ -74,6 +77,11 @@ class Certificates:
         witnesses = [member for member in self._roster.live(now_slot) if member.ready_slot >= 0]
         if sum(certificate.name in member.recent for member in witnesses) < max(1, min(2, len(witnesses))):
             raise WireError(Refusal.NOT_COMMITTEE, "a certificate signed by peers that could not decide that slot")
+
+    def publish(self, certificate: Certificate, now_slot: int) -> None:
+        """A slot of this peer's own has its signatures: tell everybody."""
+        self._outbox.broadcast(certificate, now_slot)
+        self.take(certificate, now_slot)
 
     def take(self, certificate: Certificate, now_slot: int) -> None:
         """A certificate that may stand: undo what it replaces, fetch its update. Raises WireError if it may not."""

@@ -23,11 +23,13 @@ from braniac.protocol import events, limits, messages, wire
 from braniac.protocol.agreement import Agreement
 from braniac.protocol.certificates import Certificates
 from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.greetings import Greetings
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity, PeerId
+from braniac.protocol.inbox import Inbox
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
-from braniac.protocol.messages import Certificate, FragmentState, Heartbeat, Message
+from braniac.protocol.messages import FragmentState, Heartbeat, Message
 from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Roster
 from braniac.protocol.rounds import Rounds
@@ -55,12 +57,26 @@ class Engine:
         self._outbox = Outbox(identity, manifest.run_id, incarnation, self.roster)
         self._slot = self._start_slot = self._rejoined_slot = manifest.slot_at(now)
         self._agreement = Agreement(manifest, self.me, manifest.held(tier))
-        self._introduced: dict[PeerId, int] = {}
+        self._greetings = Greetings(self.me, self.roster, self._outbox.send, self._heartbeat)
         self._repeat_at = now
         self._events: deque[events.Event] = deque()
         start, send, emit = self._start_slot, self._outbox.send, self._events.append
         self._rounds = Rounds(manifest, identity, tier, self.roster, start, send, emit)
-        self._certificates = Certificates(manifest, self.me, tier, start, history, self.roster, self._rounds, emit)
+        self._certificates = Certificates(
+            manifest, self.me, tier, start, history, self.roster, self._rounds, self._outbox, emit
+        )
+        self._inbox = Inbox(
+            manifest,
+            self.me,
+            roster=self.roster,
+            history=history,
+            agreement=self._agreement,
+            rounds=self._rounds,
+            certificates=self._certificates,
+            greetings=self._greetings,
+            outbox=self._outbox,
+            queue=self._events,
+        )
 
     # --- what the daemon calls ---------------------------------------------------------------------------------------
 
@@ -94,7 +110,7 @@ class Engine:
         try:
             opened = wire.open_envelope(data, self.manifest.run_id)
             self.roster.check_fresh(opened.sender, opened.sequence)
-            self._dispatch(opened)
+            self._inbox.take(opened, self._slot)
         except WireError as error:
             self.refused[error.refusal] += 1
             raise
@@ -115,12 +131,7 @@ class Engine:
 
     def introduce(self, peer: PeerId) -> None:
         """Somebody says this peer exists: greet it until it answers or enough was tried."""
-        member = self.roster.get(peer)
-        silent = member is None or not member.live(self._slot)
-        unwanted = peer == self.me or peer in self.roster.banned
-        if silent and not unwanted and len(self._introduced) < limits.ROSTER_PEERS_MAX:
-            self._introduced.setdefault(peer, self._slot)
-            self._send(peer, self._heartbeat())
+        self._greetings.greet(peer, self._slot)
 
     def anchor_known(self, state: FragmentState) -> None:
         """At start: this anchor is on disk, as `history` says."""
@@ -162,7 +173,7 @@ class Engine:
         for _, refusal in merged.refused if merged else ():
             self.refused_payloads[refusal] += 1
         if (certificate := self._rounds.merged(slot, merged)) is not None:
-            self._publish(certificate)
+            self._certificates.publish(certificate, self._slot)
 
     def anchor_moved(self, update: events.UpdateDue, state: FragmentState) -> None:
         """Answer to UpdateDue: anchor and weights hold it now."""
@@ -207,9 +218,7 @@ class Engine:
         self.handle_timer(now)
         self._rejoined_slot = self._slot
         self._agreement.listen_anew()
-        for member in self.roster:
-            if not member.gone:
-                self._introduced.setdefault(member.peer, self._slot)
+        self._greetings.look_for_members(self._slot)
 
     @property
     def caught_up(self) -> bool:
@@ -232,103 +241,6 @@ class Engine:
             stored["offers"][str(offered[0])] = offered[1].hex()
         return stored
 
-    # --- messages ----------------------------------------------------------------------------------------------------
-
-    def _dispatch(self, opened: messages.Opened) -> None:
-        sender, message = opened.sender, opened.message
-        if sender == self.me:
-            raise WireError(Refusal.REPLAYED, "this peer's own message came back, or another peer has its identity")
-        if isinstance(message, Heartbeat):
-            return self._on_heartbeat(sender, message, opened.sequence)
-        if self.roster.get(sender) is None:
-            raise WireError(Refusal.UNKNOWN_PEER, "no heartbeat of the sender was heard yet")
-        match message:
-            case messages.Offer(commitment):
-                if commitment.peer != sender:
-                    raise WireError(Refusal.BAD_SIGNATURE, "a commitment of somebody else")
-                self._check_honest([commitment])
-                self._rounds.note_commitment(commitment)
-            case messages.Proposal(verdict):
-                self._check_honest([share.commitment for share in verdict.shares])
-                self._rounds.check_proposal(sender, verdict)
-            case messages.Vote():
-                if (certificate := self._rounds.count_vote(sender, message)) is not None:
-                    self._publish(certificate)
-            case Certificate():
-                self._certificates.check(message, self._slot)
-                self._certificates.take(message, self._slot)
-            case messages.CertificateRequest(names):
-                for name in names[: limits.REQUEST_NAMES_MAX]:
-                    entry = self.history.entry(name.slot)
-                    if entry is not None and entry.certificate.name == name:
-                        self._send(sender, entry.certificate)
-            case messages.Goodbye():
-                if self.roster.leave(sender, opened.sequence):
-                    self._events.append(events.PeerLeft(sender, said_goodbye=True))
-
-            case messages.Introduction(peers):
-                for peer, addresses in peers:
-                    member = self.roster.get(peer)
-                    if peer != self.me and (member is None or not member.live(self._slot)):
-                        self._events.append(events.PeerMentioned(peer, addresses))
-            case messages.Equivocation():
-                self._ban(message)
-
-    def _on_heartbeat(self, sender: PeerId, heartbeat: Heartbeat, sequence: int) -> None:
-        if heartbeat.tier >= self.manifest.tiers:
-            raise WireError(Refusal.MALFORMED, f"tier {heartbeat.tier} does not exist in this run")
-        member, returned = self.roster.hear(sender, heartbeat, self._slot, sequence)
-        self._introduced.pop(sender, None)
-        if returned:
-            self._events.append(events.PeerJoined(sender, member.tier, member.addresses))
-            self._send(sender, self._heartbeat())
-            self._introduce_others(sender)
-            for proof in list(self.roster.banned.values())[-limits.REQUEST_NAMES_MAX :]:
-                self._send(sender, proof)
-        if missing := self._certificates.missing(member, self._slot):
-            self._send(sender, messages.CertificateRequest(missing))
-        for lost in self._agreement.review(self.roster.live(self._slot), self._slot, self.history):
-            if isinstance(lost, events.FragmentUnheld):
-                self._events.append(lost)
-            else:
-                self._lose(lost)
-
-    def _lose(self, lost: events.FragmentLost) -> None:
-        """Have a fragment downloaded; updates that are not applied yet are in the new anchor or come again."""
-        fragment = lost.state.fragment
-        self.history.lose(fragment)
-        kept = [e for e in self._events if not (isinstance(e, events.UpdateDue) and e.fragment == fragment)]
-        self._events.clear()
-        self._events.extend([*kept, lost])
-
-    def _introduce_others(self, newcomer: PeerId) -> None:
-        """Name the peers heard last to a newcomer: who waits for the directory sits in other committees meanwhile."""
-        others = [m for m in self.roster.live(self._slot) if m.peer != newcomer]
-        others.sort(key=lambda m: (-m.heard_slot, m.peer))
-        if others:
-            named = tuple((m.peer, m.addresses) for m in others[: limits.INTRODUCED_MAX])
-            self._send(newcomer, messages.Introduction(named))
-
-    def _check_honest(self, commitments: list[messages.Commitment]) -> None:
-        """Ban a peer that has announced something else for the same slot before. Raises WireError for the message."""
-        for commitment in commitments:
-            if (proof := self._rounds.contradiction(commitment)) is not None:
-                self._ban(proof)
-                raise WireError(Refusal.EQUIVOCATION, "two contributions of one peer to one slot")
-
-    def _ban(self, proof: messages.Equivocation) -> None:
-        """Drop a peer for good and pass on the proof: who sits in committees must stay the same for everybody."""
-        if proof.peer == self.me:  # not this peer's doing: somebody else has its key, and is as good a signer of it
-            self._events.append(events.IdentityShared(proof.first.slot))
-        elif self.roster.ban(proof):
-            self._rounds.exclude(proof.peer)
-            self._events.append(events.Equivocated(proof.peer, proof.first.slot))
-            self._broadcast(proof)
-
-    def _publish(self, certificate: Certificate) -> None:
-        self._broadcast(certificate)
-        self._certificates.take(certificate, self._slot)
-
     # --- time --------------------------------------------------------------------------------------------------------
 
     def _wake_up(self, slot: int) -> None:
@@ -338,9 +250,7 @@ class Engine:
         """
         if self.ready:
             self._rounds.ready_slot = slot
-        for member in self.roster:
-            if not member.gone:
-                self._introduced.setdefault(member.peer, slot)
+        self._greetings.look_for_members(slot)
 
     def _begin_slot(self, slot: int) -> None:
         self._slot = slot
@@ -349,10 +259,7 @@ class Engine:
         for member in self.roster.lapsed(slot):
             self._events.append(events.PeerLeft(member.peer, said_goodbye=False))
         self._broadcast(self._heartbeat())
-        if live := self.roster.live(slot):
-            # Two peers that missed each other's greetings would disagree about committees for good: everybody tells
-            # somebody else in every slot whom it knows.
-            self._introduce_others(live[slot % len(live)].peer)
+        self._greetings.spread(slot)
         self._certificates.settle(self._rounds.begin_slot(slot), None)
         self._certificates.forget(slot)
         self.history.prune(slot)
@@ -365,11 +272,7 @@ class Engine:
         """What may have been lost: proposals without enough votes, updates that did not come, greetings."""
         self._rounds.repeat_proposals()
         self._certificates.want_updates(self._slot)
-        for peer, since in list(self._introduced.items()):
-            if self._slot > since + 16:
-                del self._introduced[peer]
-            else:
-                self._send(peer, self._heartbeat())
+        self._greetings.repeat(self._slot)
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(
@@ -385,6 +288,3 @@ class Engine:
 
     def _broadcast(self, message: Message) -> None:
         self._outbox.broadcast(message, self._slot)
-
-    def _send(self, peer: PeerId, message: Message) -> None:
-        self._outbox.send(peer, message)

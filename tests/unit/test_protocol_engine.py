@@ -342,7 +342,7 @@ def test_an_update_in_the_queue_is_not_applied_to_the_downloaded_anchor() -> Non
     lost = events.FragmentLost(swarm.peers[0].states[f], (swarm.peers[0].id,))
     victim.engine._events.append(queued)
     victim.engine._agreement.mine.pop(f)
-    victim.engine._lose(lost)
+    victim.engine._inbox.lose(lost)
     assert list(victim.engine._events) == [lost]
     victim.engine.anchor_moved(queued, victim.states[f])  # the daemon was about to finish another one
     assert f not in victim.engine.anchors()
