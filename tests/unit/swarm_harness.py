@@ -17,7 +17,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -426,7 +426,7 @@ class Swarm:
             self.add(tier)
 
     @classmethod
-    def running(cls, tiers: Iterable[int] = (0,), *, slots: int = 0, **options: Any) -> Swarm:
+    def running(cls, tiers: Iterable[int] = (0,), *, slots: int = 0, **options: Any) -> Self:
         """A swarm whose peers have all joined and sit in committees, then run for `slots` more."""
         swarm = cls(tiers, **options)
         swarm.peers[0].found()

@@ -78,9 +78,9 @@ def test_messages_of_a_real_swarm_are_as_counted(peers: int) -> None:
     swarm = CountingSwarm.running([0] * peers, rings=(0, 0))
     window = swarm.manifest.window
     swarm.run(5 * window)  # until the heartbeats are as long as they get
-    before, slots = dict(swarm.sent_bytes), 4 * window  # type: ignore[attr-defined]
+    before, slots = dict(swarm.sent_bytes), 4 * window
     swarm.run(slots)
-    sent = sum(swarm.sent_bytes.values()) - sum(before.values())  # type: ignore[attr-defined]
+    sent = sum(swarm.sent_bytes.values()) - sum(before.values())
     assert costs._message_bytes(swarm.manifest, 0, peers, 1.0) == pytest.approx(sent / slots / peers, rel=0.12)
 
 
