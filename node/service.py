@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import structlog
 
 from braniac.node import daily_meter, identity_file, joiner
+from braniac.node.answers import Answers
 from braniac.node.clock import Clock, SwarmClock, SystemClock
 from braniac.node.config import NodeConfig
 from braniac.node.consent import Ask
@@ -82,7 +83,8 @@ class Service:
         policy = Policy(config.policy, config.caps)
         sensors = Sensors(config.state.dir, clock, self.meter.used_bytes)
         self.governor = Governor(policy, sensors, clock, config.policy.sample_s, metrics)
-        self.status = Status(self.node, self.lag, self.governor, self.leave)
+        self.status = Status(self.node)
+        self.answers = Answers(self.node, self.status, self.lag, self.governor, self.leave)
         self.daemon: Daemon | None = None
         """Its part in a run, once there is one."""
         self._notifier = Notifier(os.environ)
@@ -98,13 +100,13 @@ class Service:
             stack.enter_context(contextlib.suppress(asyncio.CancelledError))  # `leave` ends a node also while it starts
             stack.callback(node.store.close)
             stack.callback(self.meter.save)
-            await stack.enter_async_context(ControlServer(node.config.control_socket, self.status))
+            await stack.enter_async_context(ControlServer(node.config.control_socket, self.answers))
             if node.config.metrics.enabled:
                 server = MetricsServer(node.metrics, node.config.metrics.host, node.config.metrics.port)
                 await stack.enter_async_context(server)
                 log.info("serving metrics", url=f"http://{node.config.metrics.host}:{server.port}/metrics")
             if node.config.web.enabled:
-                web = await stack.enter_async_context(WebServer(self.status, node.config.web.port))
+                web = await stack.enter_async_context(WebServer(self.answers, node.config.web.port))
                 log.info("serving the web page", url=web.url)
             await node.network.start(node.exchange.answer)
             stack.push_async_callback(node.network.close)
@@ -121,7 +123,7 @@ class Service:
         self._leaving.set()
 
     def _describe(self) -> str:
-        return describe_status(self.status.status(NO_SLOTS))
+        return describe_status(self.answers.status(NO_SLOTS))
 
     def _is_well(self) -> bool:
         engine = self.status.engine
@@ -139,7 +141,7 @@ class Service:
             known = [addresses[0] for addresses in saved.peers.values() if addresses] if saved else []
             tasks = asyncio.TaskGroup()
             daemon = self.daemon = Daemon(node, membership, replica, engine, self.status, tasks)
-            dialled = self.status.dialled = Reachability(
+            dialled = self.answers.dialled = Reachability(
                 node.network, node.exchange, engine, node.clock, random.Random()
             )
             try:

@@ -100,12 +100,12 @@ async def swarm(tmp_path: Path) -> AsyncIterator[Swarm]:
 
 def contributors(daemon: Service) -> set[int]:
     """How many contributions the certificates held that this daemon saw."""
-    return {record.contributors for record in daemon.status.status(0).slots if record.certificate}
+    return {record.contributors for record in daemon.answers.status(0).slots if record.certificate}
 
 
 def certified(daemon: Service) -> dict[int, bytes]:
     """slot -> certificate."""
-    return {record.slot: record.certificate for record in daemon.status.status(0).slots if record.certificate}
+    return {record.slot: record.certificate for record in daemon.answers.status(0).slots if record.certificate}
 
 
 def agree(first: Service, second: Service) -> bool:
@@ -124,12 +124,12 @@ async def test_two(swarm: Swarm) -> None:
     common = certified(founder).keys() & certified(joiner).keys()
     assert common
     assert all(certified(founder)[slot] == certified(joiner)[slot] for slot in common)
-    status = joiner.status.status(0)
+    status = joiner.answers.status(0)
     assert status.run_id == swarm.manifest.run_id.hex()
     assert status.contributions_merged > 0
     assert status.join_bytes_needed == 4 * swarm.manifest.parameters(0)
     assert status.join_bytes_received >= status.join_bytes_needed
-    assert [peer.state for peer in joiner.status.peers().peers] == ["live"]
+    assert [peer.state for peer in joiner.answers.peers().peers] == ["live"]
 
     joiner.leave()
     await swarm.ended(joiner)
@@ -137,7 +137,7 @@ async def test_two(swarm: Swarm) -> None:
     generation = Store.look(swarm.root / "n1").recover()
     assert generation is not None
     assert len(generation.content["anchors"]) == swarm.manifest.window  # type: ignore[arg-type]
-    [peer] = founder.status.peers().peers
+    [peer] = founder.answers.peers().peers
     assert peer.state == "silent"  # it said goodbye
 
     again = await swarm.join("n1", 0)  # and it is welcome back, with what it had
@@ -158,7 +158,7 @@ async def test_a_lost_anchor_is_downloaded_again(swarm: Swarm) -> None:
         (swarm.root / "n1" / "blobs" / name[:2] / name).unlink(missing_ok=True)
     store, anchors = joiner.node.store, joiner.daemon._replica.anchors
     # Not counted one by one: an anchor that moved while its blob was removed was never missed.
-    await swarm.until(lambda: joiner.status.status(0).forfeited["too_old"] > 0)
+    await swarm.until(lambda: joiner.answers.status(0).forfeited["too_old"] > 0)
     await swarm.until(
         lambda: len(anchors) == swarm.manifest.window and all(store.has(s.digest) for s in anchors.values())
     )
@@ -170,7 +170,7 @@ async def test_late(swarm: Swarm) -> None:
     founder = await swarm.found()
     await swarm.until(lambda: len(certified(founder)) >= swarm.manifest.window)
     small = await swarm.join("n1", 3)
-    status = small.status.status(0)
+    status = small.answers.status(0)
     held = swarm.manifest.held(3)
     assert status.join_bytes_needed == 4 * swarm.manifest.parameters(3)
     assert status.join_bytes_received < 4 * swarm.manifest.parameters(0)
@@ -255,7 +255,7 @@ async def test_a_founder_that_is_killed_at_once_finds_its_run_again(tmp_path: Pa
         daemon = Service(config, SystemClock(), start_transport)
         task = asyncio.ensure_future(daemon.run())
         await until(lambda task=task, daemon=daemon: task.done() or daemon.status.engine is not None, LOOK_S)
-        runs.append(daemon.status.status(0).run_id)
+        runs.append(daemon.answers.status(0).run_id)
         daemon.leave(now=True)
         await task
     assert runs[0] == runs[1] != ""
@@ -267,22 +267,22 @@ async def test_rest_and_go_on(swarm: Swarm) -> None:
     joiner = await swarm.join("n1", 0)
     await swarm.until(lambda: 2 in contributors(founder) and agree(founder, joiner))
     assert joiner.daemon is not None
-    await swarm.until(lambda: joiner.status.status(0).reachability == "public")
-    joiner.status.pause(0.0, finish=False)
+    await swarm.until(lambda: joiner.answers.status(0).reachability == "public")
+    joiner.answers.pause(0.0, finish=False)
     await swarm.until(lambda: joiner.node.exchange.engine is None)
     assert joiner.node.metrics.state == "paused"
-    await swarm.until(lambda: founder.status.peers().peers[0].state == "silent")  # it said goodbye
-    steps, sent = joiner.status.status(0).steps, joiner.node.exchange.sent.total()
-    slot = founder.status.status(0).slot
+    await swarm.until(lambda: founder.answers.peers().peers[0].state == "silent")  # it said goodbye
+    steps, sent = joiner.answers.status(0).steps, joiner.node.exchange.sent.total()
+    slot = founder.answers.status(0).slot
     await swarm.until(lambda: any(at > slot + 1 for at in certified(founder)))  # the others go on without it
-    assert joiner.status.status(0).steps == steps
+    assert joiner.answers.status(0).steps == steps
     assert joiner.node.exchange.sent["blob"] <= sent
-    joiner.status.resume()
+    joiner.answers.resume()
     await swarm.until(lambda: joiner.node.metrics.state == "training")
-    back = founder.status.status(0).slot
-    await swarm.until(lambda: any(r.slot > back and r.contributors == 2 for r in founder.status.status(0).slots))
+    back = founder.answers.status(0).slot
+    await swarm.until(lambda: any(r.slot > back and r.contributors == 2 for r in founder.answers.status(0).slots))
     await swarm.until(lambda: agree(founder, joiner))
-    assert set(joiner.status.status(0).forfeited) <= {"clipped"}
-    totals = {c.peer_id: c.tokens for c in founder.status.contributions().contributors}
+    assert set(joiner.answers.status(0).forfeited) <= {"clipped"}
+    totals = {c.peer_id: c.tokens for c in founder.answers.contributions().contributors}
     assert len(totals) == 2
     assert all(totals.values())

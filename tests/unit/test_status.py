@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from braniac.node import status as status_module
+from braniac.node.answers import Answers
 from braniac.node.clock import FakeClock, SwarmClock
 from braniac.node.commands import json_text, message_dict
 from braniac.node.config import CapsSection, NetworkSection, NodeConfig, StateSection
@@ -47,7 +48,8 @@ class Watched:
         self.left: list[bool] = []
         lag = EventLoopLag(metrics.event_loop_lag, clock)
         self.governor = Governor(Policy(), Sensors(), self.equipment.clock, sample_s=5.0)
-        self.status = Status(self.equipment, lag, self.governor, lambda *, now: self.left.append(now))
+        self.status = Status(self.equipment)
+        self.answers = Answers(self.equipment, self.status, lag, self.governor, lambda *, now: self.left.append(now))
 
     async def slot(self) -> None:
         for event in await self.node.slot():
@@ -69,19 +71,19 @@ async def watched(tmp_path: Path) -> AsyncIterator[Watched]:
 
 def is_json(watched: Watched) -> bool:
     """Whether both replies can be printed, as JSON and for people."""
-    status, peers = watched.status.status(0), watched.status.peers()
+    status, peers = watched.answers.status(0), watched.answers.peers()
     assert status_text(status)
     assert peers_text(peers)
     return all(json.loads(json_text(message_dict(reply))) for reply in (status, peers))
 
 
 def test_before_a_run_there_is_little_to_say(watched: Watched) -> None:
-    reply = watched.status.status(0)
+    reply = watched.answers.status(0)
     assert (reply.peer_id, reply.state, reply.run_id) == (peer_id_text(ME.peer_id), "starting", "")
     assert reply.state_reason == "0 peers"
     assert not reply.HasField("train_loss")
     watched.equipment.network.failures[PEER] = "nobody listens there"
-    assert watched.status.status(0).state_reason == f"0 peers ({PEER}: nobody listens there)"
+    assert watched.answers.status(0).state_reason == f"0 peers ({PEER}: nobody listens there)"
     assert is_json(watched)
 
 
@@ -89,7 +91,7 @@ async def test_every_slot_leaves_one_record(watched: Watched) -> None:
     watched.status.take_part(watched.node.engine, watched.node.replica)
     for _ in range(10):
         await watched.slot()
-    reply = watched.status.status(0)
+    reply = watched.answers.status(0)
     slots = [record.slot for record in reply.slots]
     assert len(slots) == len(set(slots)) >= 7
     merged = [record for record in reply.slots if record.outcome == "merged"]
@@ -99,7 +101,7 @@ async def test_every_slot_leaves_one_record(watched: Watched) -> None:
         assert record.outcome in ("merged", "no_certificate")
         assert bool(record.certificate) == (record.outcome == "merged")
     assert {(r.contributors, r.owner) for r in merged} == {(1, peer_id_text(ME.peer_id))}
-    assert [r.slot for r in watched.status.status(5).slots] == [slot for slot in slots if slot >= 5]
+    assert [r.slot for r in watched.answers.status(5).slots] == [slot for slot in slots if slot >= 5]
     assert watched.metric("braniac_slot_outcomes_total", outcome="merged") == len(merged)
     assert watched.metric("braniac_contributions_total", outcome="merged") == len(merged)
     assert watched.metric("braniac_slot") == watched.node.engine.slot
@@ -126,7 +128,7 @@ async def test_outcomes(watched: Watched, certified: bool, merged: bool, outcome
     watched.status.offered(slot, 77)
     event = events.SlotSettled(slot, MANIFEST.fragment_of(slot), certificate if certified else None, True, merged)
     watched.status.report(event)
-    [record] = watched.status.status(0).slots
+    [record] = watched.answers.status(0).slots
     assert (record.outcome, record.payload_bytes) == (outcome, 77)
     assert watched.metric("braniac_slot_outcomes_total", outcome=outcome) == 1
     result = "merged" if merged else "unacknowledged"
@@ -141,8 +143,8 @@ async def test_bytes_are_told_per_slot_without_the_downloads_of_joiners(watched:
         sent["blob"] += 20
         sent["anchor"] += 100_000
         await watched.slot()
-    assert {record.bytes_sent for record in watched.status.status(0).slots[:-1]} == {120}
-    assert watched.status.status(0).bytes_sent == 8 * 100_120
+    assert {record.bytes_sent for record in watched.answers.status(0).slots[:-1]} == {120}
+    assert watched.answers.status(0).bytes_sent == 8 * 100_120
 
 
 async def test_troubles_degrade_a_node_and_pass(watched: Watched) -> None:
@@ -151,14 +153,14 @@ async def test_troubles_degrade_a_node_and_pass(watched: Watched) -> None:
     metrics.set_state("training")
     await watched.slot()
     assert metrics.state == "degraded"
-    assert watched.status.status(0).state_reason == "0 peers"
+    assert watched.answers.status(0).state_reason == "0 peers"
     heartbeat = Heartbeat(watched.node.engine.slot, 3, 0, (PEER,), (), (), 0.0)
     watched.node.engine.roster.hear(identity(1).peer_id, heartbeat, watched.node.engine.slot, 1)
     await watched.slot()
     assert metrics.state == "training"
     watched.status.trouble("disk", "the disk is full")
     await watched.slot()
-    assert (metrics.state, watched.status.status(0).state_reason) == ("degraded", "the disk is full")
+    assert (metrics.state, watched.answers.status(0).state_reason) == ("degraded", "the disk is full")
     watched.status.trouble("disk", "")
     await watched.slot()
     assert metrics.state == "training"
@@ -166,7 +168,7 @@ async def test_troubles_degrade_a_node_and_pass(watched: Watched) -> None:
     watched.status.trouble("disk", "the disk is full")
     await watched.slot()
     assert metrics.state == "leaving"  # nothing calls it back
-    [peer] = watched.status.peers().peers
+    [peer] = watched.answers.peers().peers
     assert (peer.state, peer.tier, list(peer.addresses)) == ("live", 3, [PEER])
     assert is_json(watched)
 
@@ -177,14 +179,14 @@ def test_forfeits_and_the_download_are_told(watched: Watched) -> None:
     watched.status.forfeit("too_old")
     watched.status.bar = DownloadBar(5000)
     watched.equipment.exchange.received["anchor"] = 3000
-    reply = watched.status.status(0)
+    reply = watched.answers.status(0)
     assert dict(reply.forfeited) == {"too_old": 2}
     assert (reply.join_bytes_received, reply.join_bytes_needed) == (3000, 5000)
     assert watched.metric("braniac_forfeited_total", reason="too_old") == 2
     watched.equipment.exchange.received["anchor"] = 5100
     watched.status.training_began()
     watched.equipment.exchange.received["blob"] = 10_000
-    assert watched.status.status(0).join_bytes_received == 5100
+    assert watched.answers.status(0).join_bytes_received == 5100
 
 
 async def test_the_traffic_of_a_slot_is_without_downloads(watched: Watched) -> None:
@@ -197,7 +199,7 @@ async def test_the_traffic_of_a_slot_is_without_downloads(watched: Watched) -> N
     exchange.sent.update(message=7, blob=80, anchor=900)
     for _ in range(3):
         await watched.slot()
-    told = {record.slot: (record.bytes_received, record.bytes_sent) for record in watched.status.status(0).slots}
+    told = {record.slot: (record.bytes_received, record.bytes_sent) for record in watched.answers.status(0).slots}
     assert told.pop(busy) == (430, 87)
     assert set(told.values()) == {(0, 0)}
 
@@ -213,8 +215,8 @@ async def test_what_is_remembered_is_bounded(watched: Watched, monkeypatch: pyte
 
 
 async def test_leave_is_passed_on(watched: Watched) -> None:
-    await watched.status.leave(True)
-    await watched.status.leave(False)
+    await watched.answers.leave(True)
+    await watched.answers.leave(False)
     assert watched.left == [True, False]
 
 
@@ -222,11 +224,11 @@ async def test_leave_is_passed_on(watched: Watched) -> None:
 
 
 async def test_contributions_are_those_of_the_certificates(watched: Watched) -> None:
-    assert not watched.status.contributions().contributors
+    assert not watched.answers.contributions().contributors
     watched.status.take_part(watched.node.engine, watched.node.replica)
     for _ in range(8):
         await watched.slot()
-    reply, status = watched.status.contributions(), watched.status.status(0)
+    reply, status = watched.answers.contributions(), watched.answers.status(0)
     (mine,) = reply.contributors
     assert (mine.peer_id, mine.tier, mine.me) == (peer_id_text(ME.peer_id), 0, True)
     assert mine.contributions == reply.certificates == status.contributions_merged > 0
@@ -241,29 +243,29 @@ async def test_contributions_survive_a_restart(tmp_path: Path) -> None:
     for _ in range(8):
         await first.slot()
     await first.node.commit()
-    before = first.status.contributions()
+    before = first.answers.contributions()
     await asyncio.to_thread(first.node.close)
     again = Watched(tmp_path)
     again.status.take_part(again.node.engine, again.node.replica)
-    assert again.status.contributions() == before
-    assert again.status.status(0).tokens_merged == before.contributors[0].tokens
+    assert again.answers.contributions() == before
+    assert again.answers.status(0).tokens_merged == before.contributors[0].tokens
     await asyncio.to_thread(again.node.close)
 
 
 async def test_reachability_before_a_run(watched: Watched) -> None:
-    reply = await watched.status.reachability()
+    reply = await watched.answers.reachability()
     assert (reply.reachability, reply.detail) == ("unknown", "this node has not joined a run yet")
-    assert watched.status.status(0).reachability == "unknown"
+    assert watched.answers.status(0).reachability == "unknown"
 
 
 def test_the_newest_protocol_that_was_heard(watched: Watched) -> None:
-    assert watched.status.status(0).newest_protocol == limits.PROTOCOL_VERSION
+    assert watched.answers.status(0).newest_protocol == limits.PROTOCOL_VERSION
     watched.equipment.exchange.hear_version(limits.PROTOCOL_VERSION + 1)
-    assert watched.status.status(0).newest_protocol == limits.PROTOCOL_VERSION + 1
+    assert watched.answers.status(0).newest_protocol == limits.PROTOCOL_VERSION + 1
 
 
 async def test_caps_are_told_with_what_is_used_of_them(watched: Watched) -> None:
-    caps = watched.status.status(0).caps
+    caps = watched.answers.status(0).caps
     assert (caps.threads, caps.duty_fraction, caps.daily_bytes, caps.disk_bytes) == (1, 1.0, 0, 0)
     assert (caps.daily_bytes_used, caps.disk_bytes_used, caps.memory_bytes_used) == (0, 0, 0)
     watched.equipment.exchange.throttle.meter.add(700.0, 300.0)
@@ -274,7 +276,7 @@ async def test_caps_are_told_with_what_is_used_of_them(watched: Watched) -> None
     throttle = Throttle(sections, watched.equipment.clock, watched.equipment.exchange.throttle.meter)
     watched.equipment.exchange.throttle = throttle
     watched.equipment.config = watched.equipment.config.model_copy(update={"caps": sections})
-    caps = watched.status.status(0).caps
+    caps = watched.answers.status(0).caps
     assert (caps.duty_fraction, caps.upload_bytes_per_s, caps.download_bytes_per_s) == (0.25, 2048, 3072)
     assert (caps.daily_bytes, caps.daily_bytes_used) == (1 << 19, 1000)
     assert (caps.disk_bytes, caps.disk_bytes_used) == (7 << 20, 5)
