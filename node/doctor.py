@@ -1,16 +1,16 @@
 """What may be wrong with a node, judged from facts that doctor_facts.py has gathered: findings with a remedy each.
 
-Nothing here looks at the machine, so every judgement can be tested. A fact that could not be found out is None and is
-never a fault.
+Nothing here looks at the machine, so every judgement can be tested.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from braniac.node.commands import bytes_text
+from braniac.node.facts import Facts
 
 WARNING_EXIT_CODE = 10
 ERROR_EXIT_CODE = 11
@@ -39,72 +39,6 @@ class Finding:
     sentence: str
     remedy: str = ""
     """What to do; empty where there is nothing to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListenFact:
-    """One address to listen on."""
-
-    address: str
-    trouble: str | None
-    """Why nobody can listen there; None: one can."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DaemonFact:
-    """What a running daemon says about itself."""
-
-    state: str
-    state_reason: str
-    clock_offset_s: float
-    protocol: int
-    newest_protocol: int
-    peers_live: int
-    reachability: str = "unknown"
-    reachability_detail: str = ""
-    dialed: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """All that was found out."""
-
-    versions: dict[str, str]
-    protocol: int
-    state_dir: str
-    state_exists: bool
-    state_trouble: str | None = None
-    """Why nothing can be written there; None: it can, or it is yet to be made."""
-    state_mode: int | None = None
-    disk_free_bytes: int | None = None
-    disk_needed_bytes: int | None = None
-    """By the tier that would be taken."""
-    disk_free_min_bytes: int = 0
-    disk_bytes_per_s: float | None = None
-    lock_holder: int | None = None
-    """Process that holds the state directory; 0: some process."""
-    socket_path: str = ""
-    socket_path_trouble: str | None = None
-    socket_there: bool = False
-    daemon: DaemonFact | None = None
-    daemon_trouble: str | None = None
-    """Why the daemon did not answer."""
-    identity_trouble: str | None = None
-    identity_peer: str | None = None
-    memory_free_bytes: int | None = None
-    memory_needed_bytes: Sequence[int] = ()
-    """By tier."""
-    memory_of: str = ""
-    """What model that is."""
-    sensors_present: Sequence[str] = ()
-    sensors_missing: Sequence[str] = ()
-    listen: Sequence[ListenFact] = ()
-    global_addresses: Sequence[str] | None = None
-    """Of this machine's interfaces."""
-    p2pd_trouble: str | None = None
-    data_missing: Sequence[str] = ()
-    bad_addresses: Sequence[str] = field(default_factory=tuple)
-    """Peers in the settings that are no addresses."""
 
 
 def findings(facts: Facts) -> list[Finding]:

@@ -27,8 +27,8 @@ from braniac.node.checkpoint import from_generation
 from braniac.node.config import NodeConfig
 from braniac.node.control_client import ControlClient
 from braniac.node.control_socket import PATH_BYTES_MAX
-from braniac.node.doctor import DaemonFact, Facts, ListenFact
 from braniac.node.errors import ConfigError, NodeError, ResourceError
+from braniac.node.facts import DaemonFact, Facts, ListenFact
 from braniac.node.founding import choose_tier, found_run, free_memory_bytes, train_settings
 from braniac.node.sensors import Sample, Sensors
 from braniac.node.store import Store

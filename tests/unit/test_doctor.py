@@ -13,7 +13,8 @@ import pytest
 
 from braniac.node import doctor_facts, identity_file
 from braniac.node.cli import main
-from braniac.node.doctor import DaemonFact, Facts, Finding, ListenFact, Severity, exit_code, findings
+from braniac.node.doctor import Finding, Severity, exit_code, findings
+from braniac.node.facts import DaemonFact, Facts, ListenFact
 from braniac.node.lock import DirectoryLock
 from braniac.node.sensors import Sample
 
