@@ -1,10 +1,11 @@
-"""The calls by which the store changes the disk, one method each, so that a test can cut the power between any two.
+"""How the store changes the disk: the single calls, and in which order they make a file durable.
 
-Nothing here decides anything; what order makes a write durable is `store.py`'s business.
+What is written when, and what may be removed, is `store.py`'s business.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from io import FileIO
@@ -58,3 +59,37 @@ class ReadOnlyFiles(Files):
     def remove(self, path: Path) -> None:
         """Refuse."""
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+def write_whole(files: Files, path: Path, data: memoryview) -> None:
+    """Make `path` appear, whole and durable, or not at all. Raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with files.create(temporary) as file:
+            files.write(file, data)
+            files.fsync(file)
+        files.rename(temporary, path)
+        files.fsync_directory(path.parent)
+    except OSError:
+        # The name must go too if the rename was done: it may not be durable, and `Store.put` would believe in it.
+        for leftover in (temporary, path):
+            with contextlib.suppress(OSError):
+                files.remove(leftover)
+        raise
+
+
+def make_directory(files: Files, path: Path) -> None:
+    """Make a directory, durably, unless it is there. Raises OSError."""
+    if not path.is_dir():
+        files.mkdir(path)
+        files.fsync_directory(path.parent)
+
+
+def remove_others(files: Files, directory: Path, names: set[str]) -> int:
+    """Remove all files but those of these names: how many. Raises OSError."""
+    others = [path for path in sorted(directory.iterdir()) if path.name not in names]
+    for path in others:
+        files.remove(path)
+    if others:
+        files.fsync_directory(directory)
+    return len(others)

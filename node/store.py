@@ -24,7 +24,7 @@ from io import FileIO
 from pathlib import Path
 
 from braniac.node.errors import ConfigError, ResourceError, StateError
-from braniac.node.files import Files, ReadOnlyFiles
+from braniac.node.files import Files, ReadOnlyFiles, make_directory, remove_others, write_whole
 from braniac.node.generation import JSON, Generation, decode_manifest, encode_manifest
 from braniac.node.lock import DirectoryLock
 
@@ -90,7 +90,7 @@ class Store:
     def _prepare(self) -> None:
         with self._disk_errors():
             for directory in (self._blobs, self._generations):
-                self._make_directory(directory)
+                make_directory(self._files, directory)
             # A killed process may have renamed a blob and not lived to sync its name, yet `put` takes a name that
             # exists for durable. Syncing directories that are clean already costs next to nothing.
             for directory in (*self._shards(), self._blobs, self._generations, self.root):
@@ -110,8 +110,8 @@ class Store:
         with self._writing:
             if self.size(digest) != len(view):
                 with self._disk_errors():
-                    self._make_directory(path.parent)
-                    self._write(path, view)
+                    make_directory(self._files, path.parent)
+                    write_whole(self._files, path, view)
         return digest
 
     def get(self, digest: bytes) -> bytes:
@@ -156,7 +156,7 @@ class Store:
             number = self._number + 1
             data = encode_manifest(Generation(number, content, tuple(digests)))
             with self._disk_errors():
-                self._write(self._manifest(number), memoryview(data))
+                write_whole(self._files, self._manifest(number), memoryview(data))
             self._number = number
         return number
 
@@ -198,9 +198,9 @@ class Store:
             needed = {digest.hex() for digest in keep_also}.union(*(map(bytes.hex, g.refs) for g in kept))
             manifests = {self._manifest(generation.number).name for generation in kept}
             # Manifests go first: a crash in between leaves blobs without a manifest, never the reverse.
-            removed = self._remove_others(self._generations, manifests)
+            removed = remove_others(self._files, self._generations, manifests)
             for directory in self._shards():
-                removed += self._remove_others(directory, needed)
+                removed += remove_others(self._files, directory, needed)
             return removed
 
     def _complete(self) -> list[Generation]:
@@ -214,14 +214,6 @@ class Store:
             if len(complete) == self._keep:
                 break
         return complete
-
-    def _remove_others(self, directory: Path, names: set[str]) -> int:
-        others = [path for path in sorted(directory.iterdir()) if path.name not in names]
-        for path in others:
-            self._files.remove(path)
-        if others:
-            self._files.fsync_directory(directory)
-        return len(others)
 
     def _load(self, number: int) -> Generation:
         try:
@@ -252,27 +244,6 @@ class Store:
             if error.errno != errno.EIO:
                 raise
             raise self._damaged(digest) from error
-
-    def _write(self, path: Path, data: memoryview) -> None:
-        """Make `path` appear, whole and durable, or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with self._files.create(temporary) as file:
-                self._files.write(file, data)
-                self._files.fsync(file)
-            self._files.rename(temporary, path)
-            self._files.fsync_directory(path.parent)
-        except OSError:
-            # The name must go too if the rename was done: it may not be durable, and `put` would believe in it.
-            for leftover in (temporary, path):
-                with contextlib.suppress(OSError):
-                    self._files.remove(leftover)
-            raise
-
-    def _make_directory(self, path: Path) -> None:
-        if not path.is_dir():
-            self._files.mkdir(path)
-            self._files.fsync_directory(path.parent)
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
