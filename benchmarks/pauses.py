@@ -22,11 +22,12 @@ import psutil
 import structlog
 
 from braniac.node.commands import json_text
-from braniac.node.config import SwarmOptions, control_socket_path
+from braniac.node.config import control_socket_path
 from braniac.node.control_client import ControlClient
 from braniac.node.errors import NodeError
 from braniac.node.failures import explain
 from braniac.node.swarm import Peer, Swarm
+from braniac.node.swarm_options import SwarmOptions
 
 log = structlog.get_logger(__name__)
 

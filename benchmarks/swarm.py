@@ -14,10 +14,10 @@ from pathlib import Path
 
 from braniac.model.config import PRESETS
 from braniac.node.commands import json_text, parse_tiers
-from braniac.node.config import SwarmOptions
 from braniac.node.errors import NodeError
 from braniac.node.failures import explain
 from braniac.node.swarm import run_swarm
+from braniac.node.swarm_options import SwarmOptions
 
 
 def main() -> int:

@@ -228,7 +228,7 @@ def swarm(
     Example:
       braniac-node swarm --nodes 4 --tiers 0,1,2,3 --seconds 120 --kill 2 --json
     """
-    from braniac.node.config import SwarmOptions
+    from braniac.node.swarm_options import SwarmOptions
 
     preset = node_config(None, None, run__preset=preset).run.preset
     options = SwarmOptions(

@@ -7,7 +7,6 @@ from what a person typed. A section is frozen, so the daemon can hand it to any 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -273,29 +272,3 @@ class NodeConfig(Root):
     def control_socket(self) -> Path:
         """Where `status`, `peers` and `leave` reach this node's daemon."""
         return control_socket_path(self.state.dir)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwarmOptions:
-    """One run of `braniac-node swarm`: daemons as processes on this machine, some of them killed on the way."""
-
-    nodes: int
-    """How many daemons."""
-    tiers: tuple[int, ...]
-    """Their tiers, dealt out in turn: node i has tiers[i % len(tiers)]."""
-    seconds: float
-    """How long to train after the last node joined."""
-    kill: int
-    """How many times a node is killed with SIGKILL and started again."""
-    seed: int
-    """Seed of the run, and of who is killed when."""
-    preset: str
-    """Model of the run."""
-    slot_s: float
-    """Slot length."""
-    sets: tuple[str, ...]
-    """`--set key=value` settings of every daemon."""
-    keep_dir: Path | None
-    """Keep state directories and logs here; None: a temporary folder, removed at the end."""
-    json: bool
-    """Print nothing but the JSON object on stdout."""

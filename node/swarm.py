@@ -25,10 +25,11 @@ import structlog
 
 from braniac.node import offline
 from braniac.node import swarm_report as report
-from braniac.node.config import SwarmOptions, control_socket_path
+from braniac.node.config import control_socket_path
 from braniac.node.control_client import ControlClient
 from braniac.node.control_pb2 import StatusReply
 from braniac.node.errors import NodeError, NotRunning
+from braniac.node.swarm_options import SwarmOptions
 from braniac.protocol.committee import committee
 from braniac.protocol.identity import peer_id_from_text
 

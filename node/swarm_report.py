@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from braniac.node.config import SwarmOptions
 from braniac.node.control_pb2 import SlotRecord, StatusReply
+from braniac.node.swarm_options import SwarmOptions
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from braniac.node import swarm_report as report
-from braniac.node.config import SwarmOptions
 from braniac.node.control_pb2 import SlotRecord, StatusReply
+from braniac.node.swarm_options import SwarmOptions
 from braniac.node.swarm_report import Observations
 
 OPTIONS = SwarmOptions(
