@@ -147,7 +147,7 @@ class Service:
             try:
                 async with tasks:
                     if saved is None and replica.anchors:
-                        await daemon.commit()  # a founder killed right now must find its run again, not found another
+                        await daemon.path.commit()  # a founder killed now must find its run again, not found another
                     daemon.open()
                     _say_how_to_join(engine, node.network.transport.addresses(), node.network.public_addresses())
                     for part in (
@@ -158,7 +158,7 @@ class Service:
                         joiner.check_run(node.network, node.exchange, manifest),
                         replica.trainer.wait_failed(),
                         daemon.drive(),
-                        daemon.work(),
+                        daemon.path.work(),
                         self.governor.run(daemon),
                         dialled.keep(),
                         self.meter.keep_saved(),
