@@ -6,7 +6,7 @@ What is unusual:
 * A cache never wraps around: when it is full, the caller begins a new one (see decoding.py).
 
 Shape legend: B = sequences, T = new tokens, S = all tokens so far, D = hidden size, N = heads, G = key-value heads,
-K = head width.
+K = head width, I = N * K, J = G * K.
 """
 
 from __future__ import annotations
@@ -81,35 +81,41 @@ class KVCache:
 class Attention(nn.Module):
     """Causal multi-head self-attention of one layer, holding `kv_heads` key-value heads and those that ask them."""
 
-    def __init__(self, config: ModelConfig, layer: int, kv_heads: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.layer = layer
         self.group = config.num_attention_heads // config.kv_heads
         self.head_dim = config.head_dim
         self.qk_norm = config.family == "nanogpt"
         heads = kv_heads * self.group
-        self.q_proj = Matrix(heads * self.head_dim, config.hidden_size)
-        self.k_proj = Matrix(kv_heads * self.head_dim, config.hidden_size)
-        self.v_proj = Matrix(kv_heads * self.head_dim, config.hidden_size)
-        self.o_proj = Matrix(heads * self.head_dim, config.hidden_size)
+        self.q_proj = Matrix(heads * self.head_dim, config.hidden_size, dtype)
+        self.k_proj = Matrix(kv_heads * self.head_dim, config.hidden_size, dtype)
+        self.v_proj = Matrix(kv_heads * self.head_dim, config.hidden_size, dtype)
+        self.o_proj = Matrix(heads * self.head_dim, config.hidden_size, dtype)
 
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, kv_heads: int, cache: KVCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D], with the first `kv_heads` key-value heads."""
         kv_rows, rows = kv_heads * self.head_dim, kv_heads * self.group * self.head_dim
-        q_BNTK = self._heads(x_BTD, self.q_proj.weight[:rows])
-        k_BGTK = self._heads(x_BTD, self.k_proj.weight[:kv_rows])
-        v_BGTK = self._heads(x_BTD, self.v_proj.weight[:kv_rows])
+        q_BTI = F.linear(x_BTD, self.q_proj.weight[:rows].to(x_BTD.dtype))
+        k_BTJ = F.linear(x_BTD, self.k_proj.weight[:kv_rows].to(x_BTD.dtype))
+        v_BTJ = F.linear(x_BTD, self.v_proj.weight[:kv_rows].to(x_BTD.dtype))
+        return self.mix(q_BTI, k_BTJ, v_BTJ, cos_TK, sin_TK, cache) @ self.o_proj.weight[:rows].to(x_BTD.dtype)
+
+    def mix(
+        self, q_BTI: Tensor, k_BTJ: Tensor, v_BTJ: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """What all heads read, between the projections: [B, T, I] from queries [B, T, I], keys and values [B, T, J]."""
+        q_BNTK, k_BGTK, v_BGTK = (self._heads(projected) for projected in (q_BTI, k_BTJ, v_BTJ))
         if self.qk_norm:
             q_BNTK, k_BGTK = F.rms_norm(q_BNTK, (self.head_dim,)), F.rms_norm(k_BGTK, (self.head_dim,))
         q_BNTK, k_BGTK = rotate(q_BNTK, cos_TK, sin_TK), rotate(k_BGTK, cos_TK, sin_TK)
         if cache is not None:
             k_BGTK, v_BGTK = cache.extend(self.layer, k_BGTK, v_BGTK)
         y_BNTK = _attend(q_BNTK, k_BGTK, v_BGTK, grouped=self.group > 1)
-        return y_BNTK.transpose(1, 2).flatten(2) @ self.o_proj.weight[:rows]
+        return y_BNTK.transpose(1, 2).flatten(2)
 
-    def _heads(self, x_BTD: Tensor, weight: Tensor) -> Tensor:
-        """Project and split: [B, T, D] -> [B, heads, T, K]."""
-        projected = F.linear(x_BTD, weight)
+    def _heads(self, projected: Tensor) -> Tensor:
+        """Split: [B, T, heads * K] -> [B, heads, T, K]."""
         return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
 

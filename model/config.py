@@ -11,10 +11,14 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 from braniac.model.errors import ConfigError
 
 FAMILIES = ("nanogpt", "llama")
+
+Precision = Literal["fp32", "lean"]
+"""How a model is trained: everything in float32, or in a fraction of the memory (see lean.py)."""
 
 # Upper bounds keep a hostile manifest from asking for absurd tables before anybody counts its parameters.
 _INTEGER_BOUNDS = {
@@ -204,6 +208,24 @@ PRESETS = {
     # 10.8M parameters: a night on a few laptops.
     "small": ModelConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536, context=256
+    ),
+    # GPT-2 small's shape with modded-nanogpt's untied head: 124M parameters without it, 162M with it.
+    "nano-124m": ModelConfig(
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        vocab_size=50304,
+        context=1024,
+    ),
+    # 1.01 billion parameters; its tiers hold 1011M, 743M, 609M and 542M. For `precision: lean`.
+    "nano-1b": ModelConfig(
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        intermediate_size=8192,
+        vocab_size=50304,
+        context=1024,
     ),
     # The same sizes as what everybody's software can load: 0.56M and 13.2M parameters.
     "tiny-llama": ModelConfig(

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from braniac.model.errors import ConfigError, TrainingDiverged
 from braniac.model.ffn import MatFormerFFN, Matrix
-from braniac.model.optim import MOMENTUM, orthogonalize
+from braniac.model.muon import orthogonalize
+from braniac.model.optim import MOMENTUM
 from braniac.model.tiers import WidthMap
 
 

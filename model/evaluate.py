@@ -9,6 +9,7 @@ from braniac.model.gpt import GPT
 from braniac.model.tiers import WidthMap
 
 EVALUATION_BATCH = 16
+EVALUATION_TOKENS = 4096
 
 
 def held_out_loss(model: GPT, windows: tuple[Tensor, Tensor], width: WidthMap = None) -> float:
@@ -16,7 +17,8 @@ def held_out_loss(model: GPT, windows: tuple[Tensor, Tensor], width: WidthMap = 
     tokens, targets = windows
     assert len(tokens) > 0, "no windows to evaluate"
     total = 0.0
+    batch = max(1, min(EVALUATION_BATCH, EVALUATION_TOKENS // tokens.shape[1]))
     with torch.no_grad():
-        for x, y in zip(torch.split(tokens, EVALUATION_BATCH), torch.split(targets, EVALUATION_BATCH), strict=True):
+        for x, y in zip(torch.split(tokens, batch), torch.split(targets, batch), strict=True):
             total += model.loss(x, y, width).item() * len(x)
     return total / len(tokens)

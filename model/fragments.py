@@ -20,6 +20,7 @@ from torch import Tensor
 from braniac.model.config import ModelConfig
 from braniac.model.errors import ConfigError
 from braniac.model.initial import initial_units
+from braniac.model.rounding import Dice, round_into_
 from braniac.model.tiers import is_sliced, parameter_shapes, ring_rows
 
 TILE_SIDE = 64
@@ -142,12 +143,17 @@ def scatter_(params: Mapping[str, Tensor], fragment: Fragment, values: Tensor) -
             _rectangle(params, tile).copy_(values[start:stop].view(tile.rows, tile.cols))
 
 
-def scatter_add_(params: Mapping[str, Tensor], fragment: Fragment, change: Tensor) -> None:
-    """Add `change`, [size], to the fragment's parameters."""
+def scatter_add_(params: Mapping[str, Tensor], fragment: Fragment, change: Tensor, dice: Dice | None = None) -> None:
+    """Add `change`, float32 [size], to the fragment's parameters; sums for bfloat16 ones are rounded by `dice`."""
     assert change.shape == (fragment.size,), f"{tuple(change.shape)} for a fragment of {fragment.size}"
     with torch.no_grad():
         for tile, start, stop in fragment.spans():
-            _rectangle(params, tile).add_(change[start:stop].view(tile.rows, tile.cols))
+            part, added = _rectangle(params, tile), change[start:stop].view(tile.rows, tile.cols)
+            if part.dtype == torch.float32:
+                part.add_(added)
+            else:
+                assert dice is not None, "a bfloat16 weight would lose most changes"
+                round_into_(part, part.float() + added, dice)
 
 
 def _rectangle(params: Mapping[str, Tensor], tile: Tile) -> Tensor:

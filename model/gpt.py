@@ -26,7 +26,10 @@ from braniac.model.config import ModelConfig
 from braniac.model.errors import ConfigError
 from braniac.model.ffn import MatFormerFFN, Matrix
 from braniac.model.initial import initial_tensor
+from braniac.model.lean_loss import ChunkedLoss
 from braniac.model.tiers import WidthMap, heads_at, layer_widths, shapes_at, tier_width, tier_widths
+
+_ROWS_AT_ONCE = 512  # of the first weights: a whole matrix in float64 would be the peak of a lean process
 
 
 class RMSNorm(nn.Module):
@@ -47,14 +50,14 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """One transformer layer: attention and FFN, each on a normalised copy, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, neurons: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, neurons: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         granularities = [width for width in tier_widths(config) if width <= neurons] or [neurons]
         self.input_layernorm = RMSNorm(config)
-        self.self_attn = Attention(config, layer, heads_at(config, neurons))
+        self.self_attn = Attention(config, layer, heads_at(config, neurons), dtype)
         self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = MatFormerFFN(config.hidden_size, neurons, granularities, gated=config.gated)
+        self.mlp = MatFormerFFN(config.hidden_size, neurons, granularities, gated=config.gated, dtype=dtype)
 
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, width: int, cache: KVCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -74,11 +77,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding and blocks; a class of its own so that parameters carry Hugging Face's `model.` prefix."""
 
-    def __init__(self, config: ModelConfig, neurons: Sequence[int]) -> None:
+    def __init__(self, config: ModelConfig, neurons: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Matrix(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, count) for layer, count in enumerate(neurons))
+        self.embed_tokens = Matrix(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.ModuleList(Block(config, layer, count, dtype) for layer, count in enumerate(neurons))
         self.norm = RMSNorm(config)
         angles_TK = rotary_angles(config)
         self.register_buffer("cos_TK", angles_TK.cos(), persistent=False)
@@ -128,22 +131,35 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T] -> [B, T, D]"""
-        x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight)
+        return self.settle(F.embedding(tokens_BT, self.embed_tokens.weight).float())
+
+    def settle(self, x_BTD: Tensor) -> Tensor:
+        """Embeddings as the first layer wants them."""
         return F.rms_norm(x_BTD, (self.config.hidden_size,)) if self.config.family == "nanogpt" else x_BTD
 
 
 class GPT(nn.Module):
     """The part of a model that one tier holds. All zero until `init_weights` or until weights are loaded into it."""
 
-    def __init__(self, config: ModelConfig, tier: int = 0, *, neurons: Sequence[int] | None = None) -> None:
-        """`neurons` holds one FFN width per layer instead of the tier's, as Mix'n'Match extracts them."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        tier: int = 0,
+        *,
+        neurons: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`neurons` holds one FFN width per layer instead of the tier's, as Mix'n'Match extracts them.
+
+        `dtype` is that of the matrices, float32 or bfloat16; gains of norms, and all that is computed, are float32.
+        """
         super().__init__()
         self.config = config
         self.tier = tier
         self.neurons = tuple(neurons) if neurons is not None else (tier_width(config, tier),) * config.num_hidden_layers
         self.width = max(self.neurons)
-        self.model = Decoder(config, self.neurons)
-        self.lm_head = None if config.tie_word_embeddings else Matrix(config.vocab_size, config.hidden_size)
+        self.model = Decoder(config, self.neurons, dtype)
+        self.lm_head = None if config.tie_word_embeddings else Matrix(config.vocab_size, config.hidden_size, dtype)
         held = {name: tuple(p.shape) for name, p in self.named_parameters()}
         assert held == shapes_at(config, self.neurons), "the module tree and tiers.py disagree about names or shapes"
 
@@ -151,7 +167,9 @@ class GPT(nn.Module):
         """Write the run's initial weights: a pure function of configuration and seed, the same on every machine."""
         with torch.no_grad():
             for name, p in self.named_parameters():
-                p.copy_(torch.from_numpy(initial_tensor(self.config, name, tuple(p.shape), seed)))
+                for row0 in range(0, len(p), _ROWS_AT_ONCE if p.dim() == 2 else len(p)):
+                    part = p[row0 : row0 + _ROWS_AT_ONCE] if p.dim() == 2 else p
+                    part.copy_(torch.from_numpy(initial_tensor(self.config, name, tuple(part.shape), seed, row0)))
 
     def layer_widths(self, width: WidthMap) -> tuple[int, ...]:
         """One width per layer; a layer that holds fewer neurons than asked for uses all it has."""
@@ -188,5 +206,14 @@ class GPT(nn.Module):
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, width: WidthMap = None) -> Tensor:
         """Mean cross-entropy, in nats per token."""
+        if not torch.is_grad_enabled() and self.lm_head is not None and self.lm_head.weight.dtype != torch.float32:
+            return self._lean_loss(self.model(tokens_BT, self.layer_widths(width), None), targets_BT)
         logits_BTV: Tensor = self(tokens_BT, width)
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+    def _lean_loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """The loss of the final norm's output, without its logits ever being there as a whole."""
+        assert self.lm_head is not None
+        softcap = self.config.logit_softcap if self.config.family == "nanogpt" else None
+        chunked = ChunkedLoss(self.lm_head.weight, softcap, torch.float32)
+        return torch.tensor(chunked.losses([x_BTD.flatten(0, 1)], targets_BT.flatten())[0][0])

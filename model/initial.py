@@ -28,10 +28,15 @@ FRACTION_BITS = 20
 BLOCK_SIDE = 64
 
 
-def initial_tensor(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
-    """Initial values of one parameter, float32 `shape`; fewer rows give a prefix of the same values (a tier)."""
+def initial_tensor(
+    config: ModelConfig, name: str, shape: tuple[int, ...], seed: int, row0: int = 0
+) -> npt.NDArray[np.float32]:
+    """Initial values of one parameter, or of its rows from `row0` on, float32 `shape`.
+
+    Fewer rows give a prefix of the same values (a tier).
+    """
     rows, cols = shape if len(shape) == 2 else (1, shape[0])
-    units = initial_units(config, name, 0, rows, 0, cols, seed)
+    units = initial_units(config, name, row0, rows, 0, cols, seed)
     return (units / 2.0**FRACTION_BITS).astype(np.float32).reshape(shape)
 
 

@@ -81,6 +81,16 @@ class ObjectiveSettings:
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"objective.{name} is {value!r}: it must be at least 0.")
 
+    def terms_at_most(self, held: int) -> int:
+        """Widths that one step of a model with `held` tiers trains at most."""
+        match self.mode:
+            case "joint":
+                return held + self.mixed_maps
+            case "sandwich":
+                return min(held, 2 + self.sandwich_random) + self.mixed_maps
+            case _:
+                return 1
+
     def check_tiers(self, held: int) -> None:
         """Raise ConfigError unless the weights are for `held` tiers."""
         for name in ("alphas", "final_alphas"):

@@ -1,12 +1,8 @@
 """The inner optimizer: Muon for the matrices inside the blocks, Adam for the embedding, the head and the gains.
 
-Muon (Jordan et al. 2024) replaces the momentum of a matrix by its nearest orthogonal matrix, here with the Polar
-Express iteration (Amsel et al. 2025, arXiv 2505.16932). q, k and v are orthogonalised head by head, each head being an
-independent map.
-
-Step sizes do not depend on the width of a tier: an orthogonal [fan_out, fan_in] update is scaled by
-sqrt(max(1, fan_out / fan_in)), so that one neuron's row of `up` moves by the same length whether the FFN has h or h/8
-neurons, and one learning rate serves every tier (after Large et al. 2024, Modula, arXiv 2405.14813).
+Muon replaces the momentum of a matrix by its nearest orthogonal matrix (see muon.py). q, k and v are orthogonalised head
+by head, each head being an independent map. Step sizes do not depend on the width of a tier.
+This is the optimizer of `precision: fp32`; that of lean training is in lean_optim.py.
 """
 
 from __future__ import annotations
@@ -18,33 +14,12 @@ from torch import Tensor
 
 from braniac.model.config import ModelConfig
 from braniac.model.errors import CheckpointError
-from braniac.model.tiers import EMBEDDING, HEAD, is_gain, is_input_major, is_sliced, layer_of, rows_at
+from braniac.model.muon import orthogonalize, width_scale
+from braniac.model.tiers import EMBEDDING, HEAD, is_gain, is_sliced, layer_of, rows_at
 
 MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPSILON = 1e-10
-
-# Odd polynomials a x + b x^3 + c x^5, each the best one for the interval that its predecessor left.
-POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-)
-SAFETY = 1.01  # rounding may lift a singular value above the interval; the paper shrinks the argument by this much
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearest (semi-)orthogonal matrices to a batch [n, rows, cols]: singular values end near 1, zeros stay zero."""
-    wide: Tensor = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices  # the smaller Gram matrix
-    x: Tensor = wide / (wide.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=b / SAFETY**3, alpha=c / SAFETY**5)
-        x = torch.baddbmm(x, gram, x, beta=a / SAFETY)
-    return x.mT if wide is not matrices else x
-
 
 class Optimizer:
     """Updates parameters in place from their `.grad`."""
@@ -89,7 +64,7 @@ class Optimizer:
             gradient, momentum = param.grad[:rows], self.momentum[name][:rows]
             momentum.lerp_(gradient, 1 - MOMENTUM)
             update = gradient.lerp(momentum, MOMENTUM)  # Nesterov
-            update = update.view(-1, self._block_rows(name, rows), update.shape[1])
+            update = update.view(-1, map_rows(self.config, name, rows), update.shape[1])
             batches.setdefault(update.shape[1:], []).append((name, update))
         for batch in batches.values():
             orthogonal = orthogonalize(torch.cat([update for _, update in batch]))
@@ -97,11 +72,7 @@ class Optimizer:
             for (name, _), part in zip(batch, parts, strict=True):
                 active = self.matrices[name][: part.shape[0] * part.shape[1]]
                 active.mul_(1 - lr * self.weight_decay)
-                active.add_(part.flatten(0, 1), alpha=-lr * _width_scale(name, part.shape[1], part.shape[2]))
-
-    def _block_rows(self, name: str, rows: int) -> int:
-        """Rows of each of the independent maps that are stacked in this matrix."""
-        return self.config.head_dim if any(kind in name for kind in (".q_proj.", ".k_proj.", ".v_proj.")) else rows
+                active.add_(part.flatten(0, 1), alpha=-lr * width_scale(name, part.shape[1], part.shape[2]))
 
     def _adam_step(self, lr: float) -> None:
         beta1, beta2 = ADAM_BETAS
@@ -129,6 +100,11 @@ class Optimizer:
         copy_checked(self.state_tensors(), saved)
 
 
+def map_rows(config: ModelConfig, name: str, rows: int) -> int:
+    """Rows of each of the independent maps that are stacked in this matrix, of which `rows` rows are in use."""
+    return config.head_dim if any(kind in name for kind in (".q_proj.", ".k_proj.", ".v_proj.")) else rows
+
+
 def copy_checked(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Copy each saved tensor over the live one of its name, after checking all of them; CheckpointError otherwise."""
     if live.keys() != saved.keys():
@@ -147,9 +123,3 @@ def copy_checked(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(saved[name])
-
-
-def _width_scale(name: str, rows: int, cols: int) -> float:
-    """sqrt(max(1, fan_out / fan_in)), either of which is the rows."""
-    fan_out, fan_in = (cols, rows) if is_input_major(name) else (rows, cols)
-    return float(max(1.0, fan_out / fan_in) ** 0.5)

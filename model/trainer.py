@@ -8,17 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from braniac.model.config import ModelConfig
-from braniac.model.data import Batches
-from braniac.model.errors import CheckpointError, TrainingDiverged
+from braniac.model.config import ModelConfig, Precision
+from braniac.model.data import Batches, keyed_bits
+from braniac.model.errors import CheckpointError, ConfigError, TrainingDiverged
 from braniac.model.fragments import Fragment, gather, scatter_, scatter_add_
 from braniac.model.gpt import GPT
-from braniac.model.objective import Objective, ObjectiveSettings, backward
+from braniac.model.lean import LeanStep, lean_bytes_needed
+from braniac.model.lean_optim import LeanOptimizer
+from braniac.model.objective import Objective, ObjectiveSettings, Term, backward
 from braniac.model.optim import Optimizer, copy_checked
+from braniac.model.rounding import Dice
 from braniac.model.tiers import (
     EMBEDDING,
     HEAD,
@@ -30,6 +34,8 @@ from braniac.model.tiers import (
     rows_at,
     tier_width,
 )
+
+_LEAN_FROM = 100_000_000  # parameters of the whole model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +69,18 @@ class TrainSettings:
     checkpoint_layers: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, a third more work."""
 
+    precision: Precision = "fp32"
+    """fp32: everything in float32; lean: bfloat16 weights, 8-bit momentum, a layer at a time (see lean.py)."""
+
     seed: int = 0
     """The run's seed: initial weights, and with the peer id all random choices."""
 
     check_gradients: bool = False
     """Assert after each backward pass that no gradient leaked beyond the width in use."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ConfigError(f"train.precision is {self.precision!r}: it must be one of {', '.join(get_args(Precision))}.")
 
     def lr_scale(self, step: int) -> float:
         """What step number `step` multiplies both learning rates by."""
@@ -101,26 +114,43 @@ class Trainer:
         self.batches = batches
         self.settings = settings
         self.step_count = 0
-        self.model = GPT(config, tier)
+        lean = settings.precision == "lean"
+        self.model = GPT(config, tier, dtype=torch.bfloat16 if lean else torch.float32)
         self.model.init_weights(settings.seed)
         self.model.model.checkpoint_layers = settings.checkpoint_layers
         self.params = dict(self.model.named_parameters())
-        self.optimizer = Optimizer(
+        self.optimizer: Optimizer | LeanOptimizer = (LeanOptimizer if lean else Optimizer)(
             self.params,
             config,
             learning_rate=settings.learning_rate,
             adam_learning_rate=settings.adam_learning_rate,
             weight_decay=settings.weight_decay,
         )
+        self._dice = Dice()
+        self._lean_step = LeanStep(self.model, self.optimizer) if isinstance(self.optimizer, LeanOptimizer) else None
         self.objective = Objective(settings.objective, config, tier, settings.seed, batches.peer)
 
     def step(self) -> StepResult:
         """One update, from a forward and backward pass at each width of the step.
 
         Raises TrainingDiverged, with weights, optimizer and step count as before, if loss or gradient are not finite.
+        (Lean training does not see all gradients before the first update: see `LeanStep.run`.)
         """
         terms = self.objective.terms(self.step_count)
         tokens, targets = self.batches.batch(self.step_count)
+        widths = tuple(map(max, zip(*(term.widths for term in terms), strict=True)))
+        update = self._update if self._lean_step is None else self._update_lean
+        losses = update(tokens, targets, terms, widths)
+        self.step_count += 1
+        return StepResult(losses[0], tokens.numel(), widths, tuple(losses))
+
+    def _update_lean(self, tokens: Tensor, targets: Tensor, terms: list[Term], widths: tuple[int, ...]) -> list[float]:
+        assert self._lean_step is not None
+        lr_scale, kl_weight = self.settings.lr_scale(self.step_count), self.settings.objective.kl_weight
+        return self._lean_step.run(tokens, targets, terms, kl_weight, lr_scale, self._seed("rounding"))
+
+    def _update(self, tokens: Tensor, targets: Tensor, terms: list[Term], widths: tuple[int, ...]) -> list[float]:
+        assert isinstance(self.optimizer, Optimizer)
         self.model.zero_grad()
         losses = backward(self.model, tokens, targets, terms, self.settings.objective.kl_weight)
         if not all(map(math.isfinite, losses)) or not self._gradient_is_finite():
@@ -128,12 +158,14 @@ class Trainer:
                 f"the loss or its gradient is not finite at step {self.step_count} (loss {losses[0]:g}): "
                 "lower the learning rate or reload the weights."
             )
-        widths = tuple(map(max, zip(*(term.widths for term in terms), strict=True)))
         if self.settings.check_gradients:
             self._assert_gradient_stays_within(widths)
         self.optimizer.step(self.settings.lr_scale(self.step_count), widths)
-        self.step_count += 1
-        return StepResult(losses[0], tokens.numel(), widths, tuple(losses))
+        return losses
+
+    def _seed(self, purpose: str) -> int:
+        """Of this step's chances for one purpose."""
+        return int(keyed_bits(purpose, self.settings.seed, self.batches.peer, self.step_count, 1)[0])
 
     def _gradient_is_finite(self) -> bool:
         # A sum is finite only if every term is, and one number per tensor is cheaper than a mask.
@@ -156,7 +188,12 @@ class Trainer:
         """Add `change`, float32 [size], to the fragment's weights; the optimizer's memory stays."""
         self._assert_held(fragment)
         assert torch.isfinite(change).all(), "integers became non-finite on their way to the weights"
-        scatter_add_(self.params, fragment, change)
+        if self._lean_step is None:
+            scatter_add_(self.params, fragment, change)
+            return
+        # Most changes are smaller than the distance to the next bfloat16: only by chance do they count on average.
+        self._dice.seed(self._seed(f"rebase {fragment.index}"))
+        scatter_add_(self.params, fragment, change, self._dice)
 
     def load_fragment(self, fragment: Fragment, values: Tensor) -> None:
         """Overwrite the fragment's weights with `values`, float32 [size]."""
@@ -186,6 +223,11 @@ class Trainer:
         return {**self.params, **optimizer}
 
 
+def default_precision(config: ModelConfig) -> Precision:
+    """What a node takes if it is not told: lean where float32 would ask for more than most devices have."""
+    return "lean" if parameter_count(config, 0) >= _LEAN_FROM and not config.tie_word_embeddings else "fp32"
+
+
 def memory_bytes_needed(config: ModelConfig, tier: int, settings: TrainSettings) -> int:
     """Estimate of what a Trainer of this tier adds to the process at its peak, in bytes; torch itself comes on top.
 
@@ -193,6 +235,9 @@ def memory_bytes_needed(config: ModelConfig, tier: int, settings: TrainSettings)
     larger, the activations kept for the backward pass or the optimizer's temporaries. Counted from the code and
     corrected by measurement: within a third of the resident memory of both presets.
     """
+    if settings.precision == "lean":
+        terms = settings.objective.terms_at_most(config.tiers - tier)
+        return lean_bytes_needed(config, tier, settings.batch * config.context, terms)
     d, width, layers = config.hidden_size, tier_width(config, tier), config.num_hidden_layers
     shapes = parameter_shapes(config, tier)
     parameters = parameter_count(config, tier)

@@ -7,7 +7,8 @@ import torch
 
 from braniac.model.config import ModelConfig
 from braniac.model.errors import CheckpointError
-from braniac.model.optim import Optimizer, orthogonalize
+from braniac.model.muon import orthogonalize
+from braniac.model.optim import Optimizer
 from braniac.model.tiers import HEAD
 
 UP, DOWN, QUERY = (

@@ -1,0 +1,162 @@
+"""One training step of a big model in little memory: `precision: lean`.
+
+What makes it small (sizes for the whole `nano-1b` and 2048 tokens per step):
+* Of the forward pass only each layer's input is kept, in bfloat16 (8 MB). The backward pass is driven by hand, a layer at
+  a time, and the optimizer steps happen inside it (lean_layer.py): gradients of two layers never coexist.
+* The head and its loss go by blocks of the vocabulary (lean_loss.py).
+* Weights are bfloat16 without a float32 copy, the optimizer keeps one byte per parameter of the matrices between
+  embedding and head (lean_optim.py); stochastic rounding makes up for both (rounding.py).
+* Freed memory is returned to the system after each layer.
+
+Matmuls are done in bfloat16 where the processor can, else in float32 of a piece at a time: without AVX-512 torch
+multiplies bfloat16 tens of times slower than float32.
+
+Shape legend: B = windows, T = tokens in a window, N = B * T, D = hidden size, U = distinct tokens, M = tokens in a chunk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from braniac.model.config import ModelConfig
+from braniac.model.errors import ConfigError, TrainingDiverged
+from braniac.model.gpt import GPT
+from braniac.model.lean_layer import NEURONS_AT_ONCE, LeanLayer, chunks, normalise, normalise_backward
+from braniac.model.lean_loss import ROWS_AT_ONCE, TOKENS_AT_ONCE, ChunkedLoss
+from braniac.model.lean_optim import VALUES_AT_ONCE, LeanOptimizer
+from braniac.model.objective import Term
+from braniac.model.tiers import EMBEDDING, HEAD, is_gain, parameter_shapes, tier_width
+
+
+def compute_type() -> torch.dtype:
+    """What matmuls are done in: bfloat16 if this processor multiplies it natively, else float32."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+class LeanStep:
+    """Runs the steps of one model, whose matrices are bfloat16."""
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: LeanOptimizer,
+        compute: torch.dtype | None = None,
+        stored: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """`compute` is what matmuls are done in, the fastest type if not given; activations rest in `stored`.
+
+        Raises ConfigError for a model whose head is its embedding.
+        """
+        if model.lm_head is None:
+            raise ConfigError(
+                "lean training cannot train a model whose head is its embedding (tie_word_embeddings), because the two "
+                "would move at different times: use precision fp32."
+            )
+        self.model = model
+        self.optimizer = optimizer
+        compute = compute or compute_type()
+        softcap = model.config.logit_softcap if model.config.family == "nanogpt" else None
+        self._stored = stored
+        self._loss = ChunkedLoss(model.lm_head.weight.detach(), softcap, compute)
+        numbers = range(model.config.num_hidden_layers)
+        self._layers = [LeanLayer(number, model.model, optimizer, compute, stored) for number in numbers]
+
+    @torch.no_grad()
+    def run(
+        self, tokens_BT: Tensor, targets_BT: Tensor, terms: Sequence[Term], kl_weight: float, lr_scale: float, seed: int
+    ) -> list[float]:
+        """One update by the weighted losses; the plain loss of each term, before the update, nats per token.
+
+        Raises TrainingDiverged: with nothing changed if a loss is not finite; if only some gradients are not, after
+        the step of all parameters but theirs.
+        """
+        norm, length, targets_N = self.model.model.norm, tokens_BT.shape[1], targets_BT.flatten()
+        kept = [self._forward(tokens_BT, term.widths) for term in terms]  # per term, the input of each layer
+        ends = [inputs.pop() for inputs in kept]
+        outputs = [normalise(norm, x_ND) for x_ND in ends]
+        losses, normalisers = self._loss.losses(outputs, targets_N)
+        if not all(map(math.isfinite, losses)):
+            raise TrainingDiverged(
+                f"the loss is not finite ({losses[0]:g}): lower the learning rate or reload the weights."
+            )
+        self.optimizer.begin(lr_scale, seed)
+        weights = [term.weight for term in terms]
+        backs = self._loss.gradients(outputs, targets_N, normalisers, weights, kl_weight, self._move_head)
+        del outputs, normalisers
+        flows = [torch.zeros_like(x_ND) for x_ND in ends]
+        for x_ND, back_ND, flow_ND in zip(ends, backs, flows, strict=True):
+            normalise_backward(norm, x_ND, back_ND, flow_ND)
+        del ends, backs
+        for number in reversed(range(len(self._layers))):
+            _give_back_memory()
+            inputs = [of_layers.pop() for of_layers in kept]
+            self._layers[number].backward(inputs, flows, length, [term.widths[number] for term in terms])
+        self._move_embedding(tokens_BT.flatten(), flows)
+        self.optimizer.update_gains()
+        _give_back_memory()
+        self._check_refused()
+        return losses
+
+    def _forward(self, tokens_BT: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """The input of each layer and, last, the output of all of them: [N, D] each."""
+        kept = [self.model.model.embed(tokens_BT).flatten(0, 1).to(self._stored)]
+        for layer, width in zip(self._layers, widths, strict=True):
+            kept.append(layer.forward(kept[-1], tokens_BT.shape[1], width))
+        return kept
+
+    def _move_head(self, rows: slice, gradient_VD: Tensor) -> None:
+        self.optimizer.update_rows(HEAD, rows, gradient_VD)
+
+    def _move_embedding(self, tokens_N: Tensor, flows: Sequence[Tensor]) -> None:
+        """The step of the rows that were looked up."""
+        rows_U, place_N = torch.unique(tokens_N, return_inverse=True)
+        table = self.model.model.embed_tokens.weight
+        gradient_UD = torch.zeros(len(rows_U), table.shape[1])
+        for flow_ND in flows:
+            for at in chunks(len(tokens_N)):
+                looked_up_MD = table[tokens_N[at]].float().requires_grad_()
+                with torch.enable_grad():
+                    x_MD = self.model.model.settle(looked_up_MD)
+                (delta_MD,) = torch.autograd.grad(x_MD, looked_up_MD, flow_ND[at].float())
+                gradient_UD.index_add_(0, place_N[at], delta_MD)
+        self.optimizer.update_rows(EMBEDDING, rows_U, gradient_UD)
+
+    def _check_refused(self) -> None:
+        if refused := self.optimizer.refused:
+            others = f" and {len(refused) - 1} others" if len(refused) > 1 else ""
+            raise TrainingDiverged(
+                f"the gradient of {refused[0]}{others} is not finite, so that was left as it was: "
+                "lower the learning rate or reload the weights."
+            )
+
+
+def lean_bytes_needed(config: ModelConfig, tier: int, tokens: int, terms: int) -> int:
+    """Estimate of what lean training of a tier adds to the process at its peak, for steps of `tokens` and `terms` widths.
+
+    Weights, momentum and the inputs of all layers, and the largest of what is there for a while.
+    """
+    shapes, d, width = parameter_shapes(config, tier), config.hidden_size, tier_width(config, tier)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    momentum = sum(size for name, size in sizes.items() if name not in (EMBEDDING, HEAD) and not is_gain(name))
+    queries, keys = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
+    chunk, flows = min(tokens, TOKENS_AT_ONCE), terms * tokens * d
+    matrices = 3 if config.gated else 2
+    rows = min(width, NEURONS_AT_ONCE)
+    feeding = 12 * flows + 2 * matrices * width * d + 8 * matrices * rows * d + 4 * chunk * (5 * rows + 2 * d)
+    orthogonalising = 4 * flows + 2 * matrices * width * d + 20 * min(width, d) ** 2 + 12 * VALUES_AT_ONCE
+    attending = 8 * flows + 4 * terms * tokens * (queries + keys) + 14 * queries * d + 20 * min(queries, d) ** 2
+    head = 8 * flows + 8 * min(config.vocab_size, ROWS_AT_ONCE) * (d + 2 * chunk)
+    at_once = max(feeding, orthogonalising, attending, head)
+    return 2 * sum(sizes.values()) + momentum + momentum // 64 + 2 * config.num_hidden_layers * flows + at_once
+
+
+def _give_back_memory() -> None:
+    # Holes that a layer's temporaries leave do not fit the next one's exactly: in the end a quarter more is resident.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have other habits
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,184 @@
+"""The optimizer of lean training: it takes one gradient at a time, in pieces, and keeps about one byte per parameter.
+
+Against optim.py, of which it is the frugal twin (same learning rates, same step sizes):
+* A matrix's momentum is int8. Its gradient arrives in blocks of rows that are forgotten once they have gone into the
+  momentum; what is kept until the matrix is whole is the direction of the step, in bfloat16.
+* Directions are orthogonalised through their Gram matrix, in float32 (muon.py).
+* Embedding and head have one second moment per row (after Adafactor, Shazeer & Stern 2018, arXiv 1804.04235) and no
+  momentum; rows of the embedding that no token asked for are left alone, and count their own steps.
+* Gains of norms are float32 vectors, with Adam as ever.
+A gradient that is not finite goes nowhere: `refused` names the parameters that were left as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from braniac.model.config import ModelConfig
+from braniac.model.muon import gram_polar, width_scale
+from braniac.model.optim import ADAM_BETAS, ADAM_EPSILON, MOMENTUM, copy_checked, map_rows
+from braniac.model.rounding import Dice, Int8Matrix, round_into_
+from braniac.model.tiers import EMBEDDING, HEAD, is_gain
+
+VALUES_AT_ONCE = 1 << 21
+"""Values of a matrix that are in float32 at once: temporaries of whole matrices would be the peak of the process."""
+
+
+class Direction:
+    """Where Muon is about to move a matrix, filled in by rows."""
+
+    def __init__(self, name: str, rows: int, cols: int) -> None:
+        self.name = name
+        self.values = torch.empty(rows, cols, dtype=torch.bfloat16)
+        self.is_finite = True
+
+
+class LeanOptimizer:
+    """Updates bfloat16 parameters in place. `begin` a step, hand in every gradient, then look at `refused`."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        config: ModelConfig,
+        *,
+        learning_rate: float,
+        adam_learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        self.params = params
+        self.config = config
+        self.learning_rate = learning_rate
+        self.adam_learning_rate = adam_learning_rate
+        self.weight_decay = weight_decay
+        tables = {name: p for name, p in params.items() if name in (EMBEDDING, HEAD)}
+        self.gains = {name: p for name, p in params.items() if is_gain(name)}
+        others = {name: p for name, p in params.items() if name not in tables and name not in self.gains}
+        self.momentum = {name: Int8Matrix(*p.shape) for name, p in others.items()}
+        self.row_second = {name: torch.zeros(len(p)) for name, p in tables.items()}
+        self.row_steps = {name: torch.zeros(len(p), dtype=torch.int32) for name, p in tables.items()}
+        self.first = {name: torch.zeros_like(p) for name, p in self.gains.items()}
+        self.second = {name: torch.zeros_like(p) for name, p in self.gains.items()}
+        self.steps = torch.zeros((), dtype=torch.int64)
+        self.refused: list[str] = []
+        self._dice = Dice()
+        self._lr_scale = 0.0
+
+    def begin(self, lr_scale: float, seed: int) -> None:
+        """Start a step. `lr_scale` multiplies both learning rates, `seed` decides how weights are rounded."""
+        self.steps += 1
+        self.refused = []
+        self._dice.seed(seed)
+        self._lr_scale = lr_scale
+
+    # --- matrices: Muon ----------------------------------------------------------------------------------------------
+
+    def direction(self, name: str, rows: int) -> Direction:
+        """Room for the step of the first `rows` rows of a matrix; the others, and their momentum, are left alone."""
+        return Direction(name, rows, self.params[name].shape[1])
+
+    def add_gradient(self, direction: Direction, start: int, gradient: Tensor) -> None:
+        """Take the gradient of the rows from `start` on, float32 [rows, cols]: momentum, then Nesterov's direction."""
+        if not math.isfinite(gradient.sum().item()):
+            direction.is_finite = False
+            return
+        momentum = self.momentum[direction.name]
+        at_once = max(1, VALUES_AT_ONCE // gradient.shape[1])
+        for part in range(0, len(gradient), at_once):
+            piece = gradient[part : part + at_once]
+            first, last = start + part, start + part + len(piece)
+            mean = momentum.read(first, last).lerp_(piece, 1 - MOMENTUM)
+            direction.values[first:last] = piece.lerp(mean, MOMENTUM)
+            momentum.write(first, mean, self._dice)
+
+    def apply(self, direction: Direction) -> None:
+        """Move the matrix, once all rows of the direction are there."""
+        name, values = direction.name, direction.values
+        if not direction.is_finite:
+            self.refused.append(name)
+            return
+        rows = map_rows(self.config, name, len(values))
+        lr = self.learning_rate * self._lr_scale
+        step = lr * width_scale(name, rows, values.shape[1])
+        for first, turned in orthogonal_rows(values.view(-1, rows, values.shape[1])):
+            target = self.params[name][first : first + len(turned)]
+            moved = turned.mul_(-step).add_(target, alpha=1 - lr * self.weight_decay)
+            round_into_(target, moved, self._dice)
+
+    # --- tables: one second moment per row -----------------------------------------------------------------------------
+
+    def update_rows(self, name: str, rows: slice | Tensor, gradient: Tensor) -> None:
+        """Move some rows of embedding or head, by their float32 gradient [rows, cols], which is destroyed."""
+        if not math.isfinite(gradient.sum().item()):
+            self.refused.append(name)
+            return
+        beta, second, steps = ADAM_BETAS[1], self.row_second[name], self.row_steps[name]
+        steps[rows] += 1
+        second[rows] = second[rows].lerp(gradient.square().mean(1), 1 - beta)
+        deviation = (second[rows] / (1 - beta ** steps[rows].float())).sqrt_().add_(ADAM_EPSILON)
+        lr = self.adam_learning_rate * self._lr_scale
+        table = self.params[name]
+        moved = gradient.mul_((-lr / deviation)[:, None]).add_(table[rows], alpha=1 - lr * self.weight_decay)
+        rounded = torch.empty(moved.shape, dtype=table.dtype)
+        round_into_(rounded, moved, self._dice)
+        table[rows] = rounded
+
+    # --- gains: Adam ---------------------------------------------------------------------------------------------------
+
+    def update_gains(self) -> None:
+        """Move the gains of norms by their `.grad`."""
+        beta1, beta2 = ADAM_BETAS
+        correction1, correction2 = 1 - beta1 ** int(self.steps), 1 - beta2 ** int(self.steps)
+        for name, gain in self.gains.items():
+            assert gain.grad is not None, f"{name} has no gradient"
+            if not math.isfinite(gain.grad.sum().item()):
+                self.refused.append(name)
+                continue
+            first = self.first[name].lerp_(gain.grad, 1 - beta1)
+            second = self.second[name].lerp_(gain.grad.square(), 1 - beta2)
+            denominator = (second / correction2).sqrt_().add_(ADAM_EPSILON)
+            lr = self.adam_learning_rate * self._lr_scale
+            gain.detach().addcdiv_(first, denominator, value=-lr / correction1)
+            gain.grad = None
+
+    # --- memory --------------------------------------------------------------------------------------------------------
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Name -> the live tensors of the optimizer's memory; clone them before training goes on."""
+        return (
+            {f"momentum.{name}": matrix.codes for name, matrix in self.momentum.items()}
+            | {f"scales.{name}": matrix.scales for name, matrix in self.momentum.items()}
+            | {f"row_second.{name}": tensor for name, tensor in self.row_second.items()}
+            | {f"row_steps.{name}": tensor for name, tensor in self.row_steps.items()}
+            | {f"first.{name}": tensor for name, tensor in self.first.items()}
+            | {f"second.{name}": tensor for name, tensor in self.second.items()}
+            | {"steps": self.steps}
+        )
+
+    def load_state_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        """Copy `saved` in, all or nothing. Raises CheckpointError if names, shapes, types or values do not fit."""
+        copy_checked(self.state_tensors(), saved)
+
+
+def orthogonal_rows(maps: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Orthogonalise stacked maps bfloat16 [n, rows, cols]: their rows in pieces, with the number of the first row."""
+    count, rows, cols = maps.shape
+    if rows > cols:
+        assert count == 1, "only attention's projections are stacked, and a head is never wider than the model"
+        at_once = max(1, VALUES_AT_ONCE // cols)
+        pieces = [maps[0, first : first + at_once] for first in range(0, rows, at_once)]
+        gram_NN = torch.zeros(cols, cols)
+        for piece in pieces:
+            wide = piece.float()
+            gram_NN.addmm_(wide.mT, wide)
+        q_NN = gram_polar(gram_NN[None])[0]
+        for number, piece in enumerate(pieces):
+            yield number * at_once, piece.float() @ q_NN
+        return
+    at_once = max(1, VALUES_AT_ONCE // (rows * cols))
+    for first in range(0, count, at_once):
+        wide_BRC = maps[first : first + at_once].float()
+        yield first * rows, (gram_polar(wide_BRC @ wide_BRC.mT) @ wide_BRC).flatten(0, 1)

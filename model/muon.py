@@ -1,0 +1,69 @@
+"""Muon's orthogonalisation: replace a matrix by the nearest one whose singular values are all alike.
+
+Muon (Jordan et al. 2024) does so with a few steps of an odd polynomial; the coefficients here are those of the Polar
+Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1), each the best one for the interval that its predecessor left.
+
+Two ways to the same result. `orthogonalize` applies each polynomial to the matrix X itself. `gram_polar` sees only the
+Gram matrix G = X X^T: p(X) = (a + b G + c G^2) X, so all polynomials together are one factor Q(G), and the matrix need be
+multiplied only once, when Q is known (Gram Newton-Schulz, Zhang, Amsel, Chen & Dao 2026, Dao-AILab/gram-newton-schulz).
+On an [8192, 2048] matrix that is 9/5 times less work, and X may stay in pieces and in bfloat16. Squaring costs half of the
+digits, so Q is computed in float32; half precision would need restarts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from braniac.model.tiers import is_input_major
+
+# Odd polynomials a x + b x^3 + c x^5.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+SAFETY = 1.01  # rounding may lift a singular value above the interval; the paper shrinks the argument by this much
+_TINY = 1e-7
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Nearest (semi-)orthogonal matrices to a batch [n, rows, cols]: singular values end near 1, zeros stay zero."""
+    wide: Tensor = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices  # the smaller Gram matrix
+    x: Tensor = wide / (wide.norm(dim=(-2, -1), keepdim=True) * SAFETY + _TINY)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b / SAFETY**3, alpha=c / SAFETY**5)
+        x = torch.baddbmm(x, gram, x, beta=a / SAFETY)
+    return x.mT if wide is not matrices else x
+
+
+def gram_polar(gram_BNN: Tensor) -> Tensor:
+    """Factors Q [B, N, N] such that Q X is what `orthogonalize` makes of X, from X X^T, float32 [B, N, N].
+
+    Destroys its argument. For X^T X, the result is X Q.
+    """
+    squared_norm_B11 = gram_BNN.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    scale_B11 = 1 / (squared_norm_B11.clamp_min(0).sqrt() * SAFETY + _TINY)
+    r_BNN, q_BNN = gram_BNN.mul_(scale_B11.square()), None
+    for step, (a, b, c) in enumerate(POLAR_EXPRESS):
+        a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
+        p_BNN = torch.baddbmm(r_BNN, r_BNN, r_BNN, beta=b, alpha=c)
+        p_BNN.diagonal(dim1=-2, dim2=-1).add_(a)  # X becomes P X, hence its Gram matrix P R P
+        q_BNN = p_BNN if q_BNN is None else p_BNN @ q_BNN
+        if step < len(POLAR_EXPRESS) - 1:
+            r_BNN = p_BNN @ (r_BNN @ p_BNN)
+    assert q_BNN is not None
+    return q_BNN.mul_(scale_B11)
+
+
+def width_scale(name: str, rows: int, cols: int) -> float:
+    """sqrt(max(1, fan_out / fan_in)) of a parameter's independent map, either of which is its rows.
+
+    With it one neuron's row of `up` moves by the same length whether the FFN has h or h/8 neurons, and one learning
+    rate serves every tier (after Large et al. 2024, Modula, arXiv 2405.14813).
+    """
+    fan_out, fan_in = (cols, rows) if is_input_major(name) else (rows, cols)
+    return float(max(1.0, fan_out / fan_in) ** 0.5)
