@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from braniac.model.config import Precision
 from braniac.node import schedule
 from braniac.protocol.limits import FRAGMENTS_MAX, TILE_SIZE_MAX
 
@@ -36,7 +37,7 @@ def _digits_to_int(value: object) -> object:
     return int(value) if isinstance(value, str) and value in {"0", "1", "2", "3"} else value
 
 
-Preset = Literal["tiny", "small", "tiny-llama", "small-llama"]
+Preset = Literal["tiny", "small", "tiny-llama", "small-llama", "nano-124m", "nano-1b"]
 Tier = Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_digits_to_int)]
 
 
@@ -118,7 +119,8 @@ class RunSection(Section):
     name: str = Field(default="braniac", min_length=1, max_length=64)
     """What people call the run."""
     preset: Preset = "tiny"
-    """Which model: tiny has half a million parameters, small 11 to 13 million; -llama ones export as stock Llama."""
+    """Which model: tiny has half a million parameters, small 11 to 13 million, nano-124m and nano-1b are for .bin
+    shards of tokens; -llama ones export as stock Llama."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of the initial weights and of who reads which text."""
     slot_s: float | None = Field(default=None, ge=0.1, le=3600)
@@ -142,6 +144,8 @@ class TrainSection(Section):
     """Sequences per step."""
     learning_rate: float | None = Field(default=None, gt=0, le=10)
     """Step size of the inner optimizer; not set: the run's own."""
+    precision: Precision | None = None
+    """fp32, or lean: bfloat16 weights and a fraction of the memory; not set: lean from 100 million parameters on."""
     threads: int = Field(default=1, ge=1, le=256)
     """CPU threads for training."""
     nice: int = Field(default=10, ge=0, le=19)

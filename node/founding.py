@@ -9,7 +9,7 @@ import psutil
 
 from braniac.model.config import PRESETS, ModelConfig
 from braniac.model.fragments import fragment_table, layout_digest
-from braniac.model.trainer import TrainSettings, memory_bytes_needed
+from braniac.model.trainer import TrainSettings, default_precision, memory_bytes_needed
 from braniac.node import bridge
 from braniac.node.config import RunSection, Tier, TrainSection
 from braniac.node.errors import ConfigError, ResourceError
@@ -39,6 +39,11 @@ RECIPES = {
     "small": Recipe(slot_s=10.0, fragments=24, up_per_tile=64, down_per_tile=256),
 }
 RECIPES |= {f"{preset}-llama": recipe for preset, recipe in RECIPES.items()}
+RECIPES |= {
+    # Days long. A fragment is of 2 to 4 million values, so that its offer and merge take little beside the training.
+    "nano-124m": Recipe(slot_s=30.0, fragments=64, up_per_tile=64, down_per_tile=256),
+    "nano-1b": Recipe(slot_s=60.0, fragments=256, up_per_tile=64, down_per_tile=256),
+}
 
 
 def found_run(run: RunSection, identity: Identity, now: float) -> tuple[Manifest, bytes, bytes]:
@@ -72,6 +77,7 @@ def train_settings(train: TrainSection, manifest: Manifest) -> TrainSettings:
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
         batch=train.batch,
+        precision=train.precision or default_precision(ModelConfig.from_dict(dict(manifest.model))),
         seed=manifest.seed,
     )
 

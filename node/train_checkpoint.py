@@ -33,7 +33,7 @@ _SAMPLES = 1 << 16  # of each file of tokens
 _FOLDER = re.compile(r"step-(\d{1,18})")
 # The others decide how fast a step is or what it is checked for; `total_steps` is judged by `_check_same` itself.
 _OPTIMIZER_KEYS = ("learning_rate", "adam_learning_rate", "weight_decay", "warmup_steps", "cooldown_fraction")
-_TRAIN_KEYS = ("batch", "seed")
+_TRAIN_KEYS = ("batch", "seed", "precision")
 
 
 def folder_of(out: Path, step: int) -> Path:
@@ -81,6 +81,7 @@ def load(trainer: Trainer, folder: Path, settings: Mapping[str, object]) -> int:
     _check_same(folder, saved, settings)
     _check_schedule(folder, step, steps, trainer)
     weights = {name: p.detach() for name, p in load_folder(folder)[0].named_parameters()}
+    weights = {name: p.to(trainer.params[name].dtype) if name in trainer.params else p for name, p in weights.items()}
     try:
         memory = safetensors.torch.load((folder / STATE_NAME).read_bytes())
     except (OSError, safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that this torch does not know
@@ -134,6 +135,7 @@ def _count(folder: Path, progress: Mapping[str, object], key: str) -> int:
 
 
 def _check_same(folder: Path, saved: Mapping[str, object], present: Mapping[str, object]) -> None:
+    saved = {"train.precision": "fp32", **saved}  # what checkpoints before there was a choice do not say
     for key in sorted(saved.keys() | present.keys()):
         then, now = saved.get(key), present.get(key)
         if then != now:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from braniac.model.config import PRESETS, ModelConfig
+from braniac.model.config import PRESETS, ModelConfig, Precision
 from braniac.model.objective import Mode, ObjectiveSettings
-from braniac.model.trainer import TrainSettings
+from braniac.model.trainer import TrainSettings, default_precision
 from braniac.node.config import DataSection, Preset, Root, Section, UserPath
 from braniac.node.errors import ConfigError
 
@@ -26,7 +26,8 @@ class ModelSection(Section):
     """The model: a preset and whatever should be different about it, or a checkpoint to start from."""
 
     preset: Preset = "tiny"
-    """Where to start from: tiny has half a million parameters, small 11 to 13 million; -llama ones are stock Llama."""
+    """Where to start from: tiny has half a million parameters, small 11 to 13 million, nano-124m and nano-1b what they
+    say; -llama ones are stock Llama."""
     folder: UserPath | None = None
     """Checkpoint folder to start from, weights and all; of the keys below only `context` can then be set."""
     family: Literal["nanogpt", "llama"] | None = None
@@ -127,6 +128,8 @@ class TrainSection(Section):
     """Length of the training in tokens, rounded up to whole steps."""
     batch: int = Field(default=_TRAIN.batch, ge=1, le=4096)
     """Windows per step."""
+    precision: Precision | None = None
+    """fp32, or lean: bfloat16 weights and a fraction of the memory; not set: lean from 100 million parameters on."""
     seed: int = Field(default=_TRAIN.seed, ge=0, lt=1 << 63)
     """Decides the first weights, the order of the text and all random choices."""
     threads: int | None = Field(default=None, ge=1, le=256)
@@ -177,6 +180,7 @@ class TrainConfig(Root):
         return TrainSettings(
             **self.optimizer.model_dump(),
             batch=train.batch,
+            precision=train.precision or default_precision(model),
             total_steps=self.steps(model),
             objective=ObjectiveSettings(**self.objective.model_dump()),
             checkpoint_layers=train.checkpoint_layers,

@@ -1,0 +1,228 @@
+"""How much memory a node's training takes: real steps and one fragment's offer and merge, in this fresh process.
+
+Each step is a forward and backward pass with the optimizer inside, on random tokens; then one fragment is read, encoded,
+merged and rebased by the production codec, merge and ledger, its anchor being a file. Peaks are the kernel's (VmHWM) and,
+for anonymous memory, the largest of many looks at /proc. The model's share of the machine (`mfu`) counts 6 FLOPs per token
+and parameter that is multiplied, and attention; not the recomputation, nor the optimizer, whose time it includes. The
+JSON object is the last line on stdout.
+
+    python benchmarks/memory.py --preset nano-1b --tier 0 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from braniac.model.config import PRESETS, ModelConfig
+from braniac.model.data import Batches
+from braniac.model.fragments import Fragment, fragment_table
+from braniac.model.lean import compute_type
+from braniac.model.objective import ObjectiveSettings
+from braniac.model.sources import Corpus
+from braniac.model.tiers import EMBEDDING, parameter_count, parameter_shapes
+from braniac.model.trainer import Trainer, TrainSettings, default_precision, memory_bytes_needed
+from braniac.node import bridge
+from braniac.node.founding import RECIPES
+from braniac.protocol import codec, ledger
+from braniac.protocol.codec import CodecRules
+from braniac.protocol.identity import Identity
+from braniac.protocol.manifest import Manifest, MergeRules
+from braniac.protocol.merge import Contribution, merge
+
+GIB = 1 << 30
+LOOK_EVERY_S = 0.02
+
+
+def status_bytes(key: str) -> int:
+    """A figure of this process from the kernel."""
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith(key + ":")).split()[1]) * 1024
+
+
+class AnonymousPeak:
+    """Looks at RssAnon from a thread of its own, because the kernel keeps no high-water mark of it."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(LOOK_EVERY_S):
+            self.peak_bytes = max(self.peak_bytes, status_bytes("RssAnon"))
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        return self.peak_bytes
+
+
+def gemm_gflops(dtype: torch.dtype) -> float:
+    """Matrix products of the model's size: the best of three, in 10^9 FLOPs per second."""
+    a, b = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - began)
+    return 2 * 1024 * 2048 * 2048 / min(seconds[1:]) / 1e9
+
+
+def flops_per_token(config: ModelConfig, tier: int, context: int) -> float:
+    """Of a forward and backward pass: 6 per weight that is multiplied, and causal attention's two products."""
+    shapes = parameter_shapes(config, tier)
+    multiplied = parameter_count(config, tier) - np.prod(shapes[EMBEDDING])
+    inner = config.num_attention_heads * config.head_dim
+    return float(6 * multiplied + 6 * config.num_hidden_layers * inner * context)
+
+
+class Stopwatch:
+    """Adds up what a method of an object takes."""
+
+    def __init__(self, owner: object, names: tuple[str, ...]) -> None:
+        self.seconds = 0.0
+        for name in names:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, method: Callable[..., object]) -> Callable[..., object]:
+        def timed(*args: object) -> object:
+            began = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+def manifest_of(config: ModelConfig, fragments: tuple[Fragment, ...], preset: str) -> Manifest:
+    recipe, founder = RECIPES[preset], Identity.from_seed(bytes(32))
+    return Manifest(
+        name="memory",
+        founder=founder.peer_id,
+        epoch_ms=0,
+        slot_ms=round(1000 * recipe.slot_s),
+        seed=0,
+        tiers=config.tiers,
+        model=config.to_dict(),
+        data={},
+        layout_digest=bytes(32),
+        fragments=bridge.fragment_specs(fragments),
+        up=CodecRules(recipe.up_per_tile, 1),
+        down=CodecRules(recipe.down_per_tile, 2),
+        merge=MergeRules(),
+    )
+
+
+def offer_and_merge(trainer: Trainer, manifest: Manifest, fragment: Fragment, folder: Path) -> int:
+    """One fragment's slot, alone, with its anchor in a file: the payload's size in bytes."""
+    layout, file = manifest.fragments[fragment.index].layout, folder / f"{fragment.index}.anchor"
+    file.write_bytes(bridge.anchor_bytes(bridge.initial_anchor(trainer.config, fragment, trainer.settings.seed)))
+
+    anchor = bridge.anchor_from_bytes(file.read_bytes(), fragment.size)
+    work = ledger.residual(bridge.to_fixed_point(trainer.read(fragment)), anchor)
+    payload, sent = codec.encode_topk(layout, manifest.up, work)
+    del work
+    merged = merge(manifest, fragment.index, [Contribution(manifest.founder, 1, payload)])
+    assert merged is not None
+    settlement = ledger.settle(codec.decode(layout, manifest.down, merged.update), sent)
+    file.write_bytes(bridge.anchor_bytes(ledger.move_anchor(anchor, settlement)))
+    trainer.rebase(fragment, bridge.weight_change(settlement, fragment.size))
+    return len(payload)
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    config = PRESETS[options.preset]
+    if options.context:
+        config = ModelConfig.from_dict(config.to_dict() | {"context": options.context})
+    batch = max(1, options.tokens // config.context)
+    peaks = {str(dtype).removeprefix("torch."): gemm_gflops(dtype) for dtype in {torch.float32, compute_type()}}
+    looks = AnonymousPeak()
+    precision = options.precision or default_precision(config)
+    # The whole tier in every step: a narrower one needs less.
+    settings = TrainSettings(batch=batch, precision=precision, objective=ObjectiveSettings(mode="fixed"), warmup_steps=0)
+    dice = np.random.default_rng(0)
+    corpus = Corpus("noise", (dice.integers(0, config.vocab_size, 1 << 20).astype(np.uint16),), ())
+    trainer = Trainer(config, options.tier, Batches(corpus, 0, b"", config.context, batch), settings)
+    ready_bytes = status_bytes("VmRSS")
+    stopwatch = Stopwatch(trainer.optimizer, ("add_gradient", "apply", "update_rows") if precision == "lean" else ("step",))
+    seconds, losses, after_bytes = [], [], []
+    for _ in range(options.steps):
+        began = time.perf_counter()
+        losses.append(trainer.step().loss)
+        seconds.append(time.perf_counter() - began)
+        after_bytes.append(status_bytes("VmRSS"))
+        peaks = {name: max(was, gemm_gflops(getattr(torch, name))) for name, was in peaks.items()}
+    stepped_bytes = status_bytes("VmHWM")
+    fragments = fragment_table(config, options.fragments or RECIPES[options.preset].fragments)
+    manifest = manifest_of(config, fragments, options.preset)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        held = [fragments[index] for index in manifest.held(options.tier)]
+        payload = offer_and_merge(trainer, manifest, max(held, key=lambda fragment: fragment.size), Path(folder))
+    slot_s = time.perf_counter() - began
+    trainer.step()  # after a merge too
+    step_s, tokens = statistics.median(seconds), batch * config.context
+    rate, peak = tokens / step_s, max(peaks.values())
+    optimizer_s = stopwatch.seconds / (options.steps + 1)
+    return {
+        "params": parameter_count(config, options.tier),
+        "tier": options.tier,
+        "peak_rss_gib": status_bytes("VmHWM") / GIB,
+        "anonymous_gib": looks.stop() / GIB,
+        "tokens_per_s": rate,
+        "mfu": rate * flops_per_token(config, options.tier, config.context) / (peak * 1e9),
+        "gemm_gflops": peak,
+        "gemm_gflops_by_type": peaks,
+        "mfu_without_optimizer": tokens / (step_s - optimizer_s) * flops_per_token(config, options.tier, config.context) / (peak * 1e9),
+        "preset": options.preset,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "tokens_per_step": tokens,
+        "context": config.context,
+        "step_s": step_s,
+        "optimizer_s": optimizer_s,
+        "slot_s": slot_s,
+        "payload_bytes": payload,
+        "estimate_gib": memory_bytes_needed(config, options.tier, settings) / GIB,
+        "before_training_gib": ready_bytes / GIB,
+        "peak_of_steps_gib": stepped_bytes / GIB,
+        "after_steps_gib": [held / GIB for held in after_bytes],
+        "losses": losses,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="nano-1b", choices=sorted(PRESETS))
+    parser.add_argument("--tier", type=int, default=0)
+    parser.add_argument("--precision", choices=("fp32", "lean"), help="default: what a node takes for this model")
+    parser.add_argument("--tokens", type=int, default=2048, help="per step")
+    parser.add_argument("--context", type=int, default=0, help="tokens in a window; default: the preset's")
+    parser.add_argument("--fragments", type=int, default=0, help="default: the preset's")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
+    parser.add_argument("--json", action="store_true", help="only the JSON object")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result = run(options)
+    if not options.json:
+        for key, value in result.items():
+            print(f"{key:24}{value}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
