@@ -1,10 +1,10 @@
 """How much memory a node's training takes: real steps and one fragment's offer and merge, in this fresh process.
 
-Each step is a forward and backward pass with the optimizer inside, on random tokens; then one fragment is read, encoded,
-merged and rebased by the production codec, merge and ledger, its anchor being a file. Peaks are the kernel's (VmHWM) and,
-for anonymous memory, the largest of many looks at /proc. The model's share of the machine (`mfu`) counts 6 FLOPs per token
-and parameter that is multiplied, and attention; not the recomputation, nor the optimizer, whose time it includes. The
-JSON object is the last line on stdout.
+Each step is a forward and backward pass with the optimizer inside, on random tokens; then one fragment is read,
+encoded, merged and rebased by the production codec, merge and ledger, its anchor being a file. Peaks are the kernel's
+(VmHWM) and, for anonymous memory, the largest of many looks at /proc. The model's share of the machine (`mfu`) counts 6
+FLOPs per token and parameter that is multiplied, and attention; not the recomputation, nor the optimizer, whose time it
+includes. The JSON object is the last line on stdout.
 
     python benchmarks/memory.py --preset nano-1b --tier 0 --json
 """
@@ -151,12 +151,16 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     looks = AnonymousPeak()
     precision = options.precision or default_precision(config)
     # The whole tier in every step: a narrower one needs less.
-    settings = TrainSettings(batch=batch, precision=precision, objective=ObjectiveSettings(mode="fixed"), warmup_steps=0)
+    settings = TrainSettings(
+        batch=batch, precision=precision, objective=ObjectiveSettings(mode="fixed"), warmup_steps=0
+    )
     dice = np.random.default_rng(0)
     corpus = Corpus("noise", (dice.integers(0, config.vocab_size, 1 << 20).astype(np.uint16),), ())
     trainer = Trainer(config, options.tier, Batches(corpus, 0, b"", config.context, batch), settings)
     ready_bytes = status_bytes("VmRSS")
-    stopwatch = Stopwatch(trainer.optimizer, ("add_gradient", "apply", "update_rows") if precision == "lean" else ("step",))
+    stopwatch = Stopwatch(
+        trainer.optimizer, ("add_gradient", "apply", "update_rows") if precision == "lean" else ("step",)
+    )
     seconds, losses, after_bytes = [], [], []
     for _ in range(options.steps):
         began = time.perf_counter()
@@ -185,7 +189,10 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         "mfu": rate * flops_per_token(config, options.tier, config.context) / (peak * 1e9),
         "gemm_gflops": peak,
         "gemm_gflops_by_type": peaks,
-        "mfu_without_optimizer": tokens / (step_s - optimizer_s) * flops_per_token(config, options.tier, config.context) / (peak * 1e9),
+        "mfu_without_optimizer": tokens
+        / (step_s - optimizer_s)
+        * flops_per_token(config, options.tier, config.context)
+        / (peak * 1e9),
         "preset": options.preset,
         "precision": precision,
         "threads": torch.get_num_threads(),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +46,44 @@ class Tile:
         return self.rows * self.cols
 
 
+_Places = npt.NDArray[np.int32]
+
+
+class _Tiles(Sequence[Tile]):
+    """Many tiles in 20 bytes each: a quarter of a million of them, at a billion parameters, would be 30 MB of objects."""
+
+    def __init__(self, names: tuple[str, ...], places: _Places) -> None:
+        """`places` are int32 [tiles, 5]: number of the tensor's name, then the fields of `Tile` after it."""
+        self._names = names
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Tile: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tile]: ...
+
+    def __getitem__(self, index: int | slice) -> Tile | Sequence[Tile]:
+        if isinstance(index, slice):
+            return _Tiles(self._names, self._places[index])
+        name, *numbers = self._places[index].tolist()
+        return Tile(self._names[name], *numbers)
+
+    def __iter__(self) -> Iterator[Tile]:
+        for name, *numbers in self._places.tolist():
+            yield Tile(self._names[name], *numbers)
+
+
 @dataclass(frozen=True)
 class Fragment:
     """A fixed set of tiles of one ring. `index` is its place in the round-robin order of the slots."""
 
     index: int
     ring: int
-    tiles: tuple[Tile, ...]
+    tiles: Sequence[Tile]
     """Largest first, so that equal sizes are contiguous."""
 
     @functools.cached_property
@@ -77,41 +109,42 @@ def fragment_table(config: ModelConfig, fragments: int) -> tuple[Fragment, ...]:
     if fragments < config.tiers:
         raise ConfigError(f"{fragments} fragments cannot keep the {config.tiers} rings of this model apart: use more.")
     rings = [_ring_tiles(config, ring) for ring in range(config.tiers)]
-    placed = []
-    for ring, (tiles, share) in enumerate(zip(rings, _shares(rings, fragments), strict=True)):
-        if share > len(tiles):
+    sizes = [int((places[:, 2] * places[:, 4]).sum()) for _, places in rings]
+    placed: list[tuple[float, int, _Tiles]] = []
+    for ring, ((names, places), share) in enumerate(zip(rings, _shares(sizes, fragments), strict=True)):
+        if share > len(places):
             raise ConfigError(
-                f"{fragments} fragments are too many: ring {ring} has {len(tiles)} tiles for {share} of them."
+                f"{fragments} fragments are too many: ring {ring} has {len(places)} tiles for {share} of them."
             )
         # Dealing tiles like cards gives each fragment a part of every layer. The middle of the fragment's turn, as
         # a fraction of the window, then spreads each ring evenly over the slots.
-        placed += [((2 * i + 1) / (2 * share), ring, tuple(tiles[i::share])) for i in range(share)]
+        placed += [((2 * i + 1) / (2 * share), ring, _Tiles(names, places[i::share].copy())) for i in range(share)]
     placed.sort(key=lambda entry: entry[:2])
     return tuple(Fragment(index, ring, tiles) for index, (_, ring, tiles) in enumerate(placed))
 
 
-def _ring_tiles(config: ModelConfig, ring: int) -> list[Tile]:
+def _ring_tiles(config: ModelConfig, ring: int) -> tuple[tuple[str, ...], _Places]:
     """All tiles of a ring: largest first, then in canonical order of tensors, rows and columns."""
-    tiles = []
-    for name, shape in parameter_shapes(config, tier=0).items():
+    shapes = parameter_shapes(config, tier=0)
+    found = []
+    for number, (name, shape) in enumerate(shapes.items()):
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         if not is_sliced(config, name) and ring > 0:
             continue
         start, stop = ring_rows(config, name, ring) if is_sliced(config, name) else (0, rows)
-        tiles += [
-            Tile(name, row, min(TILE_SIDE, stop - row), col, min(TILE_SIDE, cols - col))
-            for row in range(start, stop, TILE_SIDE)
-            for col in range(0, cols, TILE_SIDE)
-        ]
-    return sorted(tiles, key=lambda tile: -tile.size)  # stable
+        row0, col0 = np.meshgrid(np.arange(start, stop, TILE_SIDE), np.arange(0, cols, TILE_SIDE), indexing="ij")
+        sides = np.minimum(TILE_SIDE, stop - row0), np.minimum(TILE_SIDE, cols - col0)
+        columns = (np.full_like(row0, number), row0, sides[0], col0, sides[1])
+        found.append(np.stack([column.ravel() for column in columns], axis=1).astype(np.int32))
+    places = np.concatenate(found)
+    return tuple(shapes), places[np.argsort(-places[:, 2] * places[:, 4], kind="stable")]
 
 
-def _shares(rings: list[list[Tile]], fragments: int) -> list[int]:
-    """Fragments per ring: one each, then one by one to the ring whose fragments are the largest."""
-    sizes = [sum(tile.size for tile in tiles) for tiles in rings]
-    shares = [1] * len(rings)
-    for _ in range(fragments - len(rings)):
-        neediest = max(range(len(rings)), key=lambda ring: (sizes[ring] / shares[ring], -ring))
+def _shares(sizes: Sequence[int], fragments: int) -> list[int]:
+    """Fragments per ring, of which `sizes` are: one each, then one by one to the ring with the largest fragments."""
+    shares = [1] * len(sizes)
+    for _ in range(fragments - len(sizes)):
+        neediest = max(range(len(sizes)), key=lambda ring: (sizes[ring] / shares[ring], -ring))
         shares[neediest] += 1
     return shares
 

@@ -1,8 +1,8 @@
 """One training step of a big model in little memory: `precision: lean`.
 
 What makes it small (sizes for the whole `nano-1b` and 2048 tokens per step):
-* Of the forward pass only each layer's input is kept, in bfloat16 (8 MB). The backward pass is driven by hand, a layer at
-  a time, and the optimizer steps happen inside it (lean_layer.py): gradients of two layers never coexist.
+* Of the forward pass only each layer's input is kept, in bfloat16 (8 MB). The backward pass is driven by hand, a layer
+  at a time, and the optimizer steps happen inside it (lean_layer.py): gradients of two layers never coexist.
 * The head and its loss go by blocks of the vocabulary (lean_loss.py).
 * Weights are bfloat16 without a float32 copy, the optimizer keeps one byte per parameter of the matrices between
   embedding and head (lean_optim.py); stochastic rounding makes up for both (rounding.py).
@@ -11,7 +11,8 @@ What makes it small (sizes for the whole `nano-1b` and 2048 tokens per step):
 Matmuls are done in bfloat16 where the processor can, else in float32 of a piece at a time: without AVX-512 torch
 multiplies bfloat16 tens of times slower than float32.
 
-Shape legend: B = windows, T = tokens in a window, N = B * T, D = hidden size, U = distinct tokens, M = tokens in a chunk.
+Shape legend: B = windows, T = tokens in a window, N = B * T, D = hidden size, U = distinct tokens, M = tokens in a
+chunk.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class LeanStep:
 
 
 def lean_bytes_needed(config: ModelConfig, tier: int, tokens: int, terms: int) -> int:
-    """Estimate of what lean training of a tier adds to the process at its peak, for steps of `tokens` and `terms` widths.
+    """Estimate of what lean training of a tier adds to the process at its peak; a step has `tokens` and `terms` widths.
 
     Weights, momentum and the inputs of all layers, and the largest of what is there for a while.
     """

@@ -25,8 +25,8 @@ from braniac.model.gpt import Block, Decoder
 from braniac.model.lean_optim import LeanOptimizer
 from braniac.model.tiers import heads_at
 
-NEURONS_AT_ONCE = 1024
-TOKENS_AT_ONCE = 1024
+NEURONS_AT_ONCE = 512
+TOKENS_AT_ONCE = 512
 
 
 class LeanLayer:
@@ -62,7 +62,7 @@ class LeanLayer:
         del middles
         self._attend_backward(inputs, flows, length, kv_heads)
 
-    # --- attention -----------------------------------------------------------------------------------------------------
+    # --- attention ---------------------------------------------------------------------------------------------------
 
     def _attend(self, x_ND: Tensor, length: int, kv_heads: int) -> Tensor:
         """The first half: [N, D] -> [N, D]"""
@@ -134,7 +134,7 @@ class LeanLayer:
         del gradient_ID
         self.optimizer.apply(direction)
 
-    # --- feed-forward --------------------------------------------------------------------------------------------------
+    # --- feed-forward ------------------------------------------------------------------------------------------------
 
     def _feed(self, middle_ND: Tensor, width: int) -> Tensor:
         """The second half: [N, D] -> [N, D]"""
@@ -187,7 +187,7 @@ class LeanLayer:
                 _add_product(gradient_WD, delta_MW.mT, x_MD)
                 _add_product(back_ND[at], delta_MW, matrix_WD)
 
-    # --- pieces --------------------------------------------------------------------------------------------------------
+    # --- pieces ------------------------------------------------------------------------------------------------------
 
     def _times(self, x_NI: Tensor, matrix_IO: Tensor, plus: Tensor | None = None) -> Tensor:
         """x @ matrix (+ plus), [N, O], rounded only in the end."""

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from braniac.model.config import ModelConfig
-from braniac.model.muon import gram_polar, width_scale
+from braniac.model.muon import add_gram_, gram_polar, mirror_, width_scale
 from braniac.model.optim import ADAM_BETAS, ADAM_EPSILON, MOMENTUM, copy_checked, map_rows
 from braniac.model.rounding import Dice, Int8Matrix, round_into_
 from braniac.model.tiers import EMBEDDING, HEAD, is_gain
 
-VALUES_AT_ONCE = 1 << 21
+VALUES_AT_ONCE = 1 << 19
 """Values of a matrix that are in float32 at once: temporaries of whole matrices would be the peak of the process."""
 
 
@@ -108,7 +108,7 @@ class LeanOptimizer:
             moved = turned.mul_(-step).add_(target, alpha=1 - lr * self.weight_decay)
             round_into_(target, moved, self._dice)
 
-    # --- tables: one second moment per row -----------------------------------------------------------------------------
+    # --- tables: one second moment per row ---------------------------------------------------------------------------
 
     def update_rows(self, name: str, rows: slice | Tensor, gradient: Tensor) -> None:
         """Move some rows of embedding or head, by their float32 gradient [rows, cols], which is destroyed."""
@@ -126,7 +126,7 @@ class LeanOptimizer:
         round_into_(rounded, moved, self._dice)
         table[rows] = rounded
 
-    # --- gains: Adam ---------------------------------------------------------------------------------------------------
+    # --- gains: Adam -------------------------------------------------------------------------------------------------
 
     def update_gains(self) -> None:
         """Move the gains of norms by their `.grad`."""
@@ -144,7 +144,7 @@ class LeanOptimizer:
             gain.detach().addcdiv_(first, denominator, value=-lr / correction1)
             gain.grad = None
 
-    # --- memory --------------------------------------------------------------------------------------------------------
+    # --- memory ------------------------------------------------------------------------------------------------------
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Name -> the live tensors of the optimizer's memory; clone them before training goes on."""
@@ -166,18 +166,18 @@ class LeanOptimizer:
 def orthogonal_rows(maps: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Orthogonalise stacked maps bfloat16 [n, rows, cols]: their rows in pieces, with the number of the first row."""
     count, rows, cols = maps.shape
-    if rows > cols:
-        assert count == 1, "only attention's projections are stacked, and a head is never wider than the model"
+    if count == 1 and rows >= cols:
         at_once = max(1, VALUES_AT_ONCE // cols)
         pieces = [maps[0, first : first + at_once] for first in range(0, rows, at_once)]
         gram_NN = torch.zeros(cols, cols)
         for piece in pieces:
-            wide = piece.float()
-            gram_NN.addmm_(wide.mT, wide)
+            add_gram_(gram_NN, piece.float())
+        mirror_(gram_NN)
         q_NN = gram_polar(gram_NN[None])[0]
         for number, piece in enumerate(pieces):
             yield number * at_once, piece.float() @ q_NN
         return
+    assert rows <= cols, "stacked maps are attention's heads, none of which is wider than the model"
     at_once = max(1, VALUES_AT_ONCE // (rows * cols))
     for first in range(0, count, at_once):
         wide_BRC = maps[first : first + at_once].float()

@@ -1,13 +1,13 @@
 """Muon's orthogonalisation: replace a matrix by the nearest one whose singular values are all alike.
 
 Muon (Jordan et al. 2024) does so with a few steps of an odd polynomial; the coefficients here are those of the Polar
-Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1), each the best one for the interval that its predecessor left.
+Express (Amsel et al. 2025, arXiv 2505.16932), each the best one for the interval that its predecessor left.
 
 Two ways to the same result. `orthogonalize` applies each polynomial to the matrix X itself. `gram_polar` sees only the
-Gram matrix G = X X^T: p(X) = (a + b G + c G^2) X, so all polynomials together are one factor Q(G), and the matrix need be
-multiplied only once, when Q is known (Gram Newton-Schulz, Zhang, Amsel, Chen & Dao 2026, Dao-AILab/gram-newton-schulz).
-On an [8192, 2048] matrix that is 9/5 times less work, and X may stay in pieces and in bfloat16. Squaring costs half of the
-digits, so Q is computed in float32; half precision would need restarts.
+Gram matrix G = X X^T: p(X) = (a + b G + c G^2) X, so all polynomials together are one factor Q(G), and the matrix need
+be multiplied only once, when Q is known (Gram Newton-Schulz, Zhang, Amsel, Chen & Dao 2026, in the repository
+Dao-AILab/gram-newton-schulz). On an [8192, 2048] matrix that is 1.8 times less work, 2.6 times with the symmetry of
+all that is multiplied, and X may stay in pieces and in bfloat16. Squaring costs half of the digits, so Q is computed in float32; half precision would need restarts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ POLAR_EXPRESS = (
 )
 SAFETY = 1.01  # rounding may lift a singular value above the interval; the paper shrinks the argument by this much
 _TINY = 1e-7
+_LARGE = 512  # from here on a product of symmetric matrices is computed by blocks
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -43,20 +44,54 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def gram_polar(gram_BNN: Tensor) -> Tensor:
     """Factors Q [B, N, N] such that Q X is what `orthogonalize` makes of X, from X X^T, float32 [B, N, N].
 
-    Destroys its argument. For X^T X, the result is X Q.
+    Destroys its argument. For X^T X, the result is X Q. It takes room for three more such matrices.
     """
     squared_norm_B11 = gram_BNN.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     scale_B11 = 1 / (squared_norm_B11.clamp_min(0).sqrt() * SAFETY + _TINY)
-    r_BNN, q_BNN = gram_BNN.mul_(scale_B11.square()), None
+    r, p, q, spare = gram_BNN.mul_(scale_B11.square()), *(torch.empty_like(gram_BNN) for _ in range(3))
     for step, (a, b, c) in enumerate(POLAR_EXPRESS):
-        a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
-        p_BNN = torch.baddbmm(r_BNN, r_BNN, r_BNN, beta=b, alpha=c)
-        p_BNN.diagonal(dim1=-2, dim2=-1).add_(a)  # X becomes P X, hence its Gram matrix P R P
-        q_BNN = p_BNN if q_BNN is None else p_BNN @ q_BNN
+        # X becomes P X, hence its Gram matrix P R P. All are polynomials of one matrix: symmetric, in any order.
+        _symmetric_product(r, r, p)
+        p.mul_(c / SAFETY**5).add_(r, alpha=b / SAFETY**3)
+        p.diagonal(dim1=-2, dim2=-1).add_(a / SAFETY)
+        if step == 0:
+            q.copy_(p)
+        else:
+            _symmetric_product(p, q, spare)
+            q, spare = spare, q
         if step < len(POLAR_EXPRESS) - 1:
-            r_BNN = p_BNN @ (r_BNN @ p_BNN)
-    assert q_BNN is not None
-    return q_BNN.mul_(scale_B11)
+            _symmetric_product(p, r, spare)
+            _symmetric_product(spare, p, r)
+    return q.mul_(scale_B11)
+
+
+def add_gram_(gram_NN: Tensor, x_MN: Tensor) -> None:
+    """gram += x^T x, but only the blocks from the diagonal to the right; `mirror_` completes it."""
+    for at in _blocks(len(gram_NN)):
+        gram_NN[at, at.start :].addmm_(x_MN[:, at].mT, x_MN[:, at.start :])
+
+
+def mirror_(matrix_NN: Tensor) -> None:
+    """Complete a symmetric matrix of which only the blocks from the diagonal to the right are there."""
+    for at in _blocks(len(matrix_NN)):
+        matrix_NN[at.stop :, at] = matrix_NN[at, at.stop :].mT
+
+
+def _symmetric_product(a_BNN: Tensor, b_BNN: Tensor, out_BNN: Tensor) -> None:
+    """out = a @ b for a result that is symmetric: 5/8 of the work, if the matrices are large enough to matter."""
+    if a_BNN.shape[-1] < _LARGE:
+        torch.bmm(a_BNN, b_BNN, out=out_BNN)
+        return
+    for a_NN, b_NN, out_NN in zip(a_BNN, b_BNN, out_BNN, strict=True):
+        for at in _blocks(len(out_NN)):
+            torch.mm(a_NN[at], b_NN[:, at.start :], out=out_NN[at, at.start :])
+        mirror_(out_NN)
+
+
+def _blocks(size: int) -> list[slice]:
+    """Four blocks of rows of a large matrix, one of a small one."""
+    side = -(-size // 4) if size >= _LARGE else size
+    return [slice(start, min(start + side, size)) for start in range(0, size, side)]
 
 
 def width_scale(name: str, rows: int, cols: int) -> float:

@@ -1,8 +1,8 @@
 """The inner optimizer: Muon for the matrices inside the blocks, Adam for the embedding, the head and the gains.
 
-Muon replaces the momentum of a matrix by its nearest orthogonal matrix (see muon.py). q, k and v are orthogonalised head
-by head, each head being an independent map. Step sizes do not depend on the width of a tier.
-This is the optimizer of `precision: fp32`; that of lean training is in lean_optim.py.
+Muon replaces the momentum of a matrix by its nearest orthogonal matrix (see muon.py). q, k and v are orthogonalised
+head by head, each head being an independent map. Step sizes do not depend on the width of a tier. This is the
+optimizer of `precision: fp32`; that of lean training is in lean_optim.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from braniac.model.tiers import EMBEDDING, HEAD, is_gain, is_sliced, layer_of, r
 MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPSILON = 1e-10
+
 
 class Optimizer:
     """Updates parameters in place from their `.grad`."""

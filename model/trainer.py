@@ -80,7 +80,9 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
-            raise ConfigError(f"train.precision is {self.precision!r}: it must be one of {', '.join(get_args(Precision))}.")
+            raise ConfigError(
+                f"train.precision is {self.precision!r}: it must be one of {', '.join(get_args(Precision))}."
+            )
 
     def lr_scale(self, step: int) -> float:
         """What step number `step` multiplies both learning rates by."""

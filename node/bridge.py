@@ -71,6 +71,21 @@ def to_weights(anchor: Int32Array) -> torch.Tensor:
     return torch.from_numpy((anchor.astype(np.float64) / _ONE).astype(np.float32))
 
 
+def part_bytes(weights: torch.Tensor) -> bytes:
+    """A fragment's weights, float32 [size], as a generation keeps them: bfloat16 where that says all, else float32."""
+    narrow = weights.bfloat16()
+    stored = narrow.view(torch.int16) if torch.equal(narrow.float(), weights) else weights
+    return stored.numpy().astype(stored.numpy().dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def part_from_bytes(data: bytes, size: int) -> torch.Tensor:
+    """Inverse of `part_bytes`: float32 [size]; the caller has checked the hash."""
+    assert len(data) in (2 * size, 4 * size)
+    if len(data) == 4 * size:
+        return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
+    return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).view(torch.bfloat16).float()
+
+
 def weight_change(settlement: Settlement, size: int) -> torch.Tensor:
     """What a settlement adds to the weights, float32 [size]."""
     change = np.zeros(size, np.float32)

@@ -4,11 +4,16 @@ One generation is one moment: weights, optimizer, anchors, confirmed certificate
 instant between two steps, so that after a crash x - anchor is exactly the work that no certificate holds (I1). It
 is durable before the offer it contains is made, so a peer never has to answer for a payload that it cannot
 subtract.
+
+Lean training is for models whose weights are too large to be copied and written with every offer. Its generations hold
+the weights fragment by fragment, each together with its anchor and of its own moment, and no optimizer: a momentum is
+back after some steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -17,8 +22,11 @@ from torch import Tensor
 from braniac.model.checkpoint import from_safetensors, to_safetensors
 from braniac.model.config import ModelConfig
 from braniac.model.errors import ModelError
+from braniac.model.fragments import Fragment
 from braniac.model.tiers import parameter_shapes
-from braniac.node.errors import StateError
+from braniac.model.trainer import Trainer
+from braniac.node import bridge
+from braniac.node.errors import Incompatible, StateError
 from braniac.node.generation import Generation
 from braniac.node.store import Store
 from braniac.protocol import manifest as manifests
@@ -59,6 +67,8 @@ class Saved:
     totals: Totals
     peers: dict[PeerId, tuple[str, ...]]
     """Addresses under which peers were reached."""
+    parts: dict[int, bytes] = field(default_factory=dict)
+    """Lean training, instead of `weights` and `optimizer`: digest of each fragment's weights; see `load_parts`."""
     generation: int = 0
     """Its number; 0 before it has one."""
 
@@ -88,6 +98,35 @@ def load_tensors(store: Store, weights: bytes, optimizer: bytes) -> dict[str, Te
         raise StateError(f"the saved weights cannot be read ({error}): remove the newest generation") from None
 
 
+def load_parts(store: Store, saved: Saved, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, Tensor]]:
+    """The weights of a generation of lean training, a fragment at a time, float32 [size] each. Raises StateError.
+
+    Each is of the moment in which its fragment was last offered or merged, which may be a window ago: weights and
+    anchor belong together fragment by fragment, and that is all that the ledger asks for. A fragment that has none is
+    at its anchor.
+    """
+    for index, state in saved.anchors.items():
+        fragment, part = fragments[index], saved.parts.get(index)
+        if part is not None:
+            yield fragment, bridge.part_from_bytes(store.get(part), fragment.size)
+        else:
+            yield fragment, bridge.to_weights(bridge.anchor_from_bytes(store.get(state.digest), fragment.size))
+
+
+def resume(trainer: Trainer, store: Store, saved: Saved, fragments: Sequence[Fragment]) -> None:
+    """Put the trainer where it was. Raises StateError, and Incompatible for weights of the other precision."""
+    if saved.weights and saved.optimizer:
+        if trainer.settings.precision == "lean":
+            raise Incompatible(
+                f"{store.root} holds weights in float32: set train.precision=fp32, or use another --state-dir"
+            )
+        trainer.load_state(load_tensors(store, saved.weights, saved.optimizer), {"step": saved.step})
+    elif saved.step:
+        for fragment, weights in load_parts(store, saved, fragments):
+            trainer.load_fragment(fragment, weights)
+        trainer.step_count = saved.step
+
+
 def to_content(saved: Saved, protocol: dict[str, Any]) -> dict[str, Any]:
     """The generation's JSON; `protocol` is the engine's state of the same moment."""
     return {
@@ -99,6 +138,7 @@ def to_content(saved: Saved, protocol: dict[str, Any]) -> dict[str, Any]:
         "protocol": protocol,
         "weights": saved.weights.hex() if saved.weights else None,
         "optimizer": saved.optimizer.hex() if saved.optimizer else None,
+        "parts": {str(fragment): digest.hex() for fragment, digest in saved.parts.items()},
         "step": saved.step,
         "totals": {
             "tokens": saved.totals.tokens,
@@ -132,6 +172,7 @@ def from_generation(generation: Generation) -> Saved:
             step=int(content["step"]),
             totals=Totals(**{key: int(value) for key, value in content["totals"].items()}),
             peers={peer_id_from_text(peer): tuple(addresses) for peer, addresses in content["peers"].items()},
+            parts={int(f): bytes.fromhex(digest) for f, digest in content.get("parts", {}).items()},
             generation=generation.number,
         )
     except (AttributeError, KeyError, TypeError, ValueError, ProtocolError) as error:

@@ -66,7 +66,7 @@ def _tier(
         tier=tier,
         parameters=parameters,
         memory_bytes=PROGRAM_BYTES + P2PD_BYTES + memory_bytes_needed(model, tier, settings),
-        disk_bytes=_disk_bytes(manifest, model, tier, generations),
+        disk_bytes=_disk_bytes(manifest, model, settings, tier, generations),
         download_bytes=4 * parameters,
         each_way_bytes_per_day=round(slot_bytes(manifest, tier, peers) * _DAY_S / manifest.slot_s),
     )
@@ -133,7 +133,7 @@ def _heartbeat_bytes(manifest: Manifest, tier: int) -> int:
     return len(wire.seal(Identity.from_seed(bytes(32)), manifest.run_id, 1 << 60, heartbeat)) + 4
 
 
-def _disk_bytes(manifest: Manifest, model: ModelConfig, tier: int, generations: int) -> int:
+def _disk_bytes(manifest: Manifest, model: ModelConfig, settings: TrainSettings, tier: int, generations: int) -> int:
     """Whole generations, anchors of two windows beside the present ones, and what the history can undo or serve."""
     shapes = parameter_shapes(model, tier)
     tables = sum(math.prod(shapes.get(name, (0,))) for name in (EMBEDDING, HEAD))
@@ -141,7 +141,10 @@ def _disk_bytes(manifest: Manifest, model: ModelConfig, tier: int, generations: 
     state = 4 * (2 * parameters + tables)  # weights, momentum, and a second moment of embedding and head
     held = manifest.held(tier)
     remembered = limits.HISTORY_WINDOWS * sum(_payload_and_update_bytes(manifest, f, PEERS) for f in held)
-    return round((generations + _SWEEP_GENERATIONS) * state + 3 * 4 * parameters + remembered)
+    states = (generations + _SWEEP_GENERATIONS) * state
+    if settings.precision == "lean":  # all weights in two bytes; a generation brings two fragments, offered and merged
+        states = round(2 * parameters * (1 + 2 * (generations + _SWEEP_GENERATIONS) / manifest.window))
+    return round(states + 3 * 4 * parameters + remembered)
 
 
 def as_json(manifest: Manifest, costs: Sequence[TierCosts], peers: int, text: str | None) -> dict[str, Any]:

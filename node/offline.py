@@ -23,7 +23,7 @@ from braniac.model.speculative import speculate
 from braniac.model.tiers import tier_width
 from braniac.model.tokenizer import ByteTokenizer
 from braniac.node import bridge
-from braniac.node.checkpoint import Saved, from_generation
+from braniac.node.checkpoint import Saved, from_generation, load_parts
 from braniac.node.errors import ConfigError, StateError
 from braniac.node.store import Store
 
@@ -38,6 +38,8 @@ def load(state_dir: Path) -> tuple[Store, Saved, GPT]:
     if generation is None:
         raise StateError(f"{state_dir} holds no checkpoint yet: start a node there with `braniac-node join` first")
     saved = from_generation(generation)
+    if saved.weights is None and saved.parts:
+        return store, saved, _of_parts(store, saved)
     if saved.weights is None:
         raise StateError(f"{state_dir} holds no weights yet: wait for the node's first slot")
     tensors, metadata = from_safetensors(store.get(saved.weights))
@@ -46,6 +48,16 @@ def load(state_dir: Path) -> tuple[Store, Saved, GPT]:
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
     return store, saved, model
+
+
+def _of_parts(store: Store, saved: Saved) -> GPT:
+    """The model of a node that trains lean, in its precision. Raises StateError."""
+    config, fragments = bridge.model_of(saved.manifest)
+    model = GPT(config, saved.tier, dtype=torch.bfloat16)
+    parameters = dict(model.named_parameters())
+    for fragment, weights in load_parts(store, saved, fragments):
+        scatter_(parameters, fragment, weights)
+    return model
 
 
 def load_anchors(store: Store, saved: Saved) -> GPT:

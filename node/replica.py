@@ -7,6 +7,7 @@ events, so a generation committed by that task always shows one consistent momen
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import threading
 from collections import deque
@@ -14,9 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import structlog
+import torch
 
 from braniac.model.config import ModelConfig
 from braniac.model.fragments import Fragment
+from braniac.model.trainer import Trainer
 from braniac.node import bridge
 from braniac.node.checkpoint import Saved, Snapshot, Totals, save_tensors, to_content
 from braniac.node.store import Store
@@ -59,7 +62,10 @@ class Replica:
         model: tuple[ModelConfig, tuple[Fragment, ...]],
         trainer: TrainerThread,
         totals: Totals,
+        *,
+        lean: bool = False,
     ) -> None:
+        """`lean`: generations hold weights by fragment, so that nothing is copied as a whole."""
         self.manifest = manifest
         self.tier = tier
         self.trainer = trainer
@@ -69,6 +75,11 @@ class Replica:
         self.config, self._fragments = model
         self._store = store
         self._signed_manifest = signed_manifest
+        self.parts: dict[int, bytes] = {}
+        """Lean: digest of each fragment's weights, as of its last offer or merge; without one it is at its anchor."""
+        self._lean = lean
+        self._moved: set[int] = set()
+        """Lean: fragments whose anchor is newer than their part."""
         self._offered_at: dict[int, int] = {}
         self._began_tokens = trainer.progress.tokens
         self._pins: dict[bytes, int] = {}
@@ -97,6 +108,7 @@ class Replica:
     def lose(self, fragment: int) -> None:
         """Its anchor cannot be read any more; the weights stay as they are until it is downloaded."""
         self.anchors.pop(fragment, None)
+        self.parts.pop(fragment, None)
 
     def is_anchor(self, digest: bytes) -> bool:
         """Whether a blob is one of the anchors held here, or was one lately."""
@@ -111,7 +123,7 @@ class Replica:
     async def compress(self, fragment: int) -> Prepared:
         """Read the work on a fragment that no certificate holds yet, and store it as a payload. Raises DiskFull."""
         cut = self._fragments[fragment]
-        weights, (tensors, counters) = await self.trainer.call(lambda trainer: (trainer.read(cut), trainer.state()))
+        weights, snapshot = await self.trainer.call(lambda trainer: (trainer.read(cut), self._snapshot(trainer)))
         tokens = self.trainer.progress.tokens
 
         def encode() -> tuple[bytes, int]:
@@ -123,7 +135,13 @@ class Replica:
         digest, size = await asyncio.to_thread(encode)
         since = tokens - self._offered_at.get(fragment, self._began_tokens)
         self._offered_at[fragment] = tokens
-        return Prepared(fragment, digest, size, since, Snapshot(tensors, counters["step"]))
+        return Prepared(fragment, digest, size, since, snapshot)
+
+    def _snapshot(self, trainer: Trainer) -> Snapshot:
+        if self._lean:
+            return Snapshot({}, trainer.step_count)
+        tensors, counters = trainer.state()
+        return Snapshot(tensors, counters["step"])
 
     async def apply(self, update: UpdateDue) -> FragmentState:
         """Add (or undo) an update to anchor and weights; take back what it holds of this node's own work.
@@ -150,6 +168,7 @@ class Replica:
         self.pin(before.digest, verdict.slot)  # somebody may be downloading it
         self._former.append(before.digest)
         self.anchors[index] = FragmentState(index, max(before.slot, verdict.slot), digest)
+        self._moved.add(index)
         self._count(update)
         return self.anchors[index]
 
@@ -166,6 +185,8 @@ class Replica:
         weights = bridge.to_weights(anchor)
         await self.trainer.call(lambda trainer: trainer.load_fragment(cut, weights))
         self.anchors[state.fragment] = state
+        self.parts.pop(state.fragment, None)
+        self._moved.discard(state.fragment)
         await self.trainer.call(lambda trainer: self.trainer.resume_after_change())
 
     async def commit(
@@ -181,10 +202,11 @@ class Replica:
         `clock` is (swarm time less wall time, swarm time).
         """
         if offer is None:
-            tensors, counters = await self.trainer.call(lambda trainer: trainer.state())
-            snapshot, offered = Snapshot(tensors, counters["step"]), None
+            snapshot, offered = await self.trainer.call(self._snapshot), None
         else:
             snapshot, offered = offer[1].snapshot, (offer[0], offer[1].digest)
+        if self._lean:
+            await self._save_parts(set(self.anchors) if offer is None and snapshot.step else set(), offer)
         protocol = engine.state(offered)
         saved = Saved(
             self.manifest,
@@ -199,6 +221,7 @@ class Replica:
             step=snapshot.step,
             totals=replace(self.totals, tokens=self.trainer.progress.tokens),
             peers=peers,
+            parts=dict(self.parts),
         )
         blobs = {state.digest for state in self.anchors.values()} | engine.history.confirmed_blobs()
         blobs |= {offered[1]} if offered else set()
@@ -206,14 +229,33 @@ class Replica:
         sweep = self.generation % _COLLECT_EVERY == 0
 
         def write() -> int:
-            weights, optimizer = save_tensors(self._store, self.config, self.tier, snapshot)
-            content = to_content(replace(saved, weights=weights, optimizer=optimizer), protocol)
-            number = self._store.commit(content, {weights, optimizer} | {b for b in blobs if self._store.has(b)})
+            whole, content = set(self.parts.values()), to_content(saved, protocol)
+            if not self._lean:
+                weights, optimizer = save_tensors(self._store, self.config, self.tier, snapshot)
+                whole, content = (
+                    {weights, optimizer},
+                    to_content(replace(saved, weights=weights, optimizer=optimizer), protocol),
+                )
+            number = self._store.commit(content, whole | {b for b in blobs if self._store.has(b)})
             if sweep:
                 self._store.collect(self._needed(in_use, edge))
             return number
 
         self.generation = await asyncio.to_thread(write)
+
+    async def _save_parts(self, fragments: set[int], offer: tuple[int, Prepared] | None) -> None:
+        """Put the present weights of some fragments into the store, and of those offered or moved. Raises DiskFull.
+
+        An offer's fragment may have been trained on since the offer was read: what was sent is still in it.
+        """
+        fragments |= self._moved & self.anchors.keys()
+        if offer is not None:
+            fragments.add(offer[1].fragment)
+        for index in sorted(fragments):
+            cut = self._fragments[index]
+            weights = await self.trainer.call(functools.partial(_read, cut))
+            self.parts[index] = await asyncio.to_thread(self._store.put, bridge.part_bytes(weights))
+            self._moved.discard(index)
 
     def pin(self, digest: bytes, slot: int) -> None:
         """Keep a blob that no generation names yet for two windows after `slot`. Pin before putting."""
@@ -237,6 +279,10 @@ class Replica:
         self.totals = replace(
             self.totals, certificates=self.totals.certificates + step, merged=self.totals.merged + merged
         )
+
+
+def _read(fragment: Fragment, trainer: Trainer) -> torch.Tensor:
+    return trainer.read(fragment)
 
 
 def clipped(update: UpdateDue, me: PeerId) -> bool:

@@ -13,8 +13,8 @@ from braniac.model.config import ModelConfig
 from braniac.model.data import Batches
 from braniac.model.sources import TextSource
 from braniac.model.trainer import Trainer, TrainSettings
-from braniac.node import bridge, consent, joiner, run_file
-from braniac.node.checkpoint import Saved, Totals, from_generation, load_tensors
+from braniac.node import bridge, checkpoint, consent, joiner, run_file
+from braniac.node.checkpoint import Saved, Totals, from_generation
 from braniac.node.clock import Clock, SwarmClock
 from braniac.node.config import NodeConfig, RunSection
 from braniac.node.errors import ConfigError, Incompatible
@@ -169,8 +169,8 @@ async def equip(node: Equipment, membership: Membership) -> AsyncIterator[tuple[
     corpus = await asyncio.to_thread(source.load, model[0].vocab_size)
     batches = Batches(corpus, manifest.seed, node.identity.peer_id, model[0].context, settings.batch)
     trainer = await asyncio.to_thread(Trainer, model[0], tier, batches, settings)
-    if saved is not None and saved.weights and saved.optimizer:
-        trainer.load_state(load_tensors(node.store, saved.weights, saved.optimizer), {"step": saved.step})
+    if saved is not None:
+        await asyncio.to_thread(checkpoint.resume, trainer, node.store, saved, model[1])
     totals = saved.totals if saved else Totals()
     train = node.config.train
     thread = TrainerThread(
@@ -181,10 +181,12 @@ async def equip(node: Equipment, membership: Membership) -> AsyncIterator[tuple[
         tokens=totals.tokens,
         duty_percent=node.config.caps.duty_percent,
     )
-    replica = Replica(node.store, manifest, membership.signed, tier, model, thread, totals)
+    lean = settings.precision == "lean"
+    replica = Replica(node.store, manifest, membership.signed, tier, model, thread, totals, lean=lean)
     history = saved.history if saved else History(manifest)
     if saved is not None:
         replica.anchors, replica.generation = dict(saved.anchors), saved.generation
+        replica.parts = dict(saved.parts) if lean else {}
         node.metrics.checkpoint_generation.set(saved.generation)
     elif membership.founded:
         history.begin(manifest.held(tier))

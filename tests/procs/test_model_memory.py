@@ -1,11 +1,16 @@
-"""The memory estimate behind `--tier auto`, against the resident memory of a real process."""
+"""Memory of training in real processes: the estimate behind `--tier auto`, growth, and the benchmark of a lean node."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from braniac.model.config import PRESETS
+from braniac.model.tiers import parameter_count
 
 MEASURE = """
 import sys
@@ -21,7 +26,7 @@ def peak_bytes():
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
 
 def train(config, tier, batch):
-    settings = TrainSettings(batch=batch)
+    settings = TrainSettings(batch=batch, precision=sys.argv[3])
     corpus = Corpus("zeros", (np.zeros(10_000, np.uint8),), ())
     trainer = Trainer(config, tier, Batches(corpus, 0, b"", config.context, batch), settings)
     trainer.step(), trainer.step()
@@ -36,9 +41,55 @@ print(estimate / (peak_bytes() - before))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("tier", "batch"), [(0, 1), (0, 4), (3, 4)])
-def test_the_estimate_is_within_a_factor_of_two(tier: int, batch: int) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tier), str(batch)], capture_output=True, text=True, check=True, timeout=100
-    )
+@pytest.mark.parametrize(
+    ("tier", "batch", "precision"), [(0, 1, "fp32"), (0, 4, "fp32"), (3, 4, "fp32"), (0, 4, "lean")]
+)
+def test_the_estimate_is_within_a_factor_of_two(tier: int, batch: int, precision: str) -> None:
+    arguments = [sys.executable, "-c", MEASURE, str(tier), str(batch), precision]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=100)
     assert 0.5 < float(run.stdout) < 2
+
+
+GROW = """
+import sys
+import numpy as np
+import torch
+from braniac.model.config import PRESETS
+from braniac.model.data import Batches
+from braniac.model.sources import Corpus
+from braniac.model.trainer import Trainer, TrainSettings
+
+def resident_bytes():
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmRSS")).split()[1]) * 1024
+
+torch.set_num_threads(1)
+config = PRESETS["tiny"]
+corpus = Corpus("noise", (np.random.default_rng(0).integers(0, 256, 10_000).astype(np.uint8),), ())
+trainer = Trainer(config, 0, Batches(corpus, 0, b"", config.context, 2), TrainSettings(batch=2, precision="lean"))
+resident = []
+for step in range(120):
+    trainer.step()
+    resident.append(resident_bytes())
+print(resident[-1] / resident[19])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_resident_memory_does_not_grow_with_the_steps() -> None:
+    run = subprocess.run([sys.executable, "-c", GROW], capture_output=True, text=True, check=True, timeout=100)
+    assert float(run.stdout) < 1.01
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_the_benchmark_says_what_a_lean_step_and_a_merge_take() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+    arguments = [sys.executable, str(script), "--preset", "small", "--precision", "lean", "--tier", "3", "--json"]
+    run = subprocess.run(
+        [*arguments, "--tokens", "256", "--steps", "1"], capture_output=True, text=True, check=True, timeout=100
+    )
+    result = json.loads(run.stdout)
+    assert result["params"] == parameter_count(PRESETS["small"], 3)
+    assert 0.1 < result["anonymous_gib"] <= result["peak_rss_gib"] < 1
+    assert result["payload_bytes"] > 0
+    assert {"tier", "tokens_per_s", "mfu", "gemm_gflops"} <= result.keys()

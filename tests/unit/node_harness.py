@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from braniac.model.config import ModelConfig
+from braniac.model.config import ModelConfig, Precision
 from braniac.model.data import Batches
 from braniac.model.fragments import fragment_table, layout_digest
 from braniac.model.sources import Corpus
@@ -64,8 +65,9 @@ def make_manifest(
     )
 
 
-def make_trainer(tier: int = 0, peer: bytes = b"peer") -> Trainer:
-    return Trainer(CONFIG, tier, Batches(CORPUS, SETTINGS.seed, peer, CONFIG.context, SETTINGS.batch), SETTINGS)
+def make_trainer(tier: int = 0, peer: bytes = b"peer", precision: Precision = "fp32") -> Trainer:
+    batches = Batches(CORPUS, SETTINGS.seed, peer, CONFIG.context, SETTINGS.batch)
+    return Trainer(CONFIG, tier, batches, dataclasses.replace(SETTINGS, precision=precision))
 
 
 def make_thread(trainer: Trainer, tokens: int = 0) -> TrainerThread:
@@ -73,10 +75,12 @@ def make_thread(trainer: Trainer, tokens: int = 0) -> TrainerThread:
     return TrainerThread(trainer, FakeClock(), threads=1, nice=0, tokens=tokens)
 
 
-def make_replica(store: Store, founder: Identity, thread: TrainerThread, tier: int = 0) -> Replica:
+def make_replica(
+    store: Store, founder: Identity, thread: TrainerThread, tier: int = 0, *, lean: bool = False
+) -> Replica:
     manifest = make_manifest(founder)
     model = bridge.model_of(manifest)
-    return Replica(store, manifest, sign_manifest(manifest, founder), tier, model, thread, Totals())
+    return Replica(store, manifest, sign_manifest(manifest, founder), tier, model, thread, Totals(), lean=lean)
 
 
 def write_run(root: Path, slot_ms: int, *, epoch_s: float, config: ModelConfig = CONFIG) -> Manifest:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from braniac.model.config import Precision
 from braniac.model.fragments import fragment_table
-from braniac.node import bridge
-from braniac.node.checkpoint import Saved, from_generation, load_tensors
+from braniac.node import bridge, checkpoint
+from braniac.node.checkpoint import Saved, from_generation
 from braniac.node.replica import Prepared, Replica
 from braniac.node.store import Store
 from braniac.node.trainer_thread import TrainerThread
@@ -37,26 +38,25 @@ TABLE = fragment_table(CONFIG, FRAGMENTS)
 class Node:
     """One life of a node that is alone in its run: what the daemon does, one call at a time."""
 
-    def __init__(self, root: Path, incarnation: int = 1) -> None:
+    def __init__(self, root: Path, incarnation: int = 1, precision: Precision = "fp32") -> None:
         self.store = Store.open(root, keep=2)
         generation = self.store.recover()
         self.saved: Saved | None = from_generation(generation) if generation else None
-        trainer = make_trainer()
+        trainer = make_trainer(precision=precision)
         history = History(MANIFEST)
         if self.saved is not None:
-            assert self.saved.weights is not None
-            assert self.saved.optimizer is not None
-            tensors = load_tensors(self.store, self.saved.weights, self.saved.optimizer)
-            trainer.load_state(tensors, {"step": self.saved.step})
+            assert precision == "lean" or (self.saved.weights and self.saved.optimizer)
+            checkpoint.resume(trainer, self.store, self.saved, TABLE)
             history = self.saved.history
         self.incarnation = incarnation
         self.thread: TrainerThread = make_thread(trainer)
-        self.replica: Replica = make_replica(self.store, ME, self.thread)
+        self.replica: Replica = make_replica(self.store, ME, self.thread, lean=precision == "lean")
         if self.saved is None:
             history.begin(MANIFEST.held(0))
             self.replica.begin()
         else:
             self.replica.anchors = dict(self.saved.anchors)
+            self.replica.parts = dict(self.saved.parts)
             self.replica.totals = self.saved.totals
         self.now = EPOCH_S + 0.1 if self.saved is None else self.saved.swarm_time_s
         self.engine = Engine(MANIFEST, ME, 0, incarnation=incarnation, now=self.now, history=history)

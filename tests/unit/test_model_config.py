@@ -38,6 +38,13 @@ def test_every_error_is_a_model_error() -> None:
 def test_presets_have_the_announced_sizes() -> None:
     assert parameter_count(TINY, 0) == 458_752
     assert parameter_count(PRESETS["small"], 0) == 10_813_440
+    assert parameter_count(PRESETS["nano-124m"], 0) - 50304 * 768 == 123_568_128
+    assert [parameter_count(PRESETS["nano-1b"], tier) for tier in range(4)] == [
+        1_011_351_552,
+        742_916_096,
+        608_698_368,
+        541_589_504,
+    ]
     assert TINY.tiers == 4
     assert [tier_width(TINY, tier) for tier in range(4)] == [512, 256, 128, 64]
 

@@ -1,4 +1,4 @@
-"""Lean training: its gradients are autograd's, it learns what float32 learns, resumes to the bit, and keeps its promises."""
+"""Lean training: its gradients are autograd's, it learns what float32 learns, and it resumes to the bit."""
 
 from __future__ import annotations
 
