@@ -4,7 +4,8 @@ Each step is a forward and backward pass with the optimizer inside, on random to
 encoded, merged and rebased by the production codec, merge and ledger, its anchor being a file. Peaks are the kernel's
 (VmHWM) and, for anonymous memory, the largest of many looks at /proc. The model's share of the machine (`mfu`) counts 6
 FLOPs per token and parameter that is multiplied, and attention; not the recomputation, nor the optimizer, whose time it
-includes. The JSON object is the last line on stdout.
+includes. It compares CPU seconds with those of a matrix product, which others on the machine disturb least;
+`tokens_per_s` is by the clock on the wall. The JSON object is the last line on stdout.
 
     python benchmarks/memory.py --preset nano-1b --tier 0 --json
 """
@@ -41,6 +42,7 @@ from braniac.protocol.merge import Contribution, merge
 
 GIB = 1 << 30
 LOOK_EVERY_S = 0.02
+LEAN_METHODS = ("add_gradient", "apply", "update_rows")
 
 
 def status_bytes(key: str) -> int:
@@ -69,14 +71,14 @@ class AnonymousPeak:
 
 
 def gemm_gflops(dtype: torch.dtype) -> float:
-    """Matrix products of the model's size: the best of three, in 10^9 FLOPs per second."""
-    a, b = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    """Matrix products of the model's size: the best of three, in 10^9 FLOPs per CPU second of one thread."""
+    a, b = torch.randn(512, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
     seconds = []
     for _ in range(4):
-        began = time.perf_counter()
+        began = time.process_time()
         torch.mm(a, b)
-        seconds.append(time.perf_counter() - began)
-    return 2 * 1024 * 2048 * 2048 / min(seconds[1:]) / 1e9
+        seconds.append(time.process_time() - began)
+    return 2 * 512 * 2048 * 2048 / min(seconds[1:]) / 1e9
 
 
 def flops_per_token(config: ModelConfig, tier: int, context: int) -> float:
@@ -88,7 +90,7 @@ def flops_per_token(config: ModelConfig, tier: int, context: int) -> float:
 
 
 class Stopwatch:
-    """Adds up what a method of an object takes."""
+    """Adds up the CPU seconds that some methods of an object take."""
 
     def __init__(self, owner: object, names: tuple[str, ...]) -> None:
         self.seconds = 0.0
@@ -97,11 +99,11 @@ class Stopwatch:
 
     def _timed(self, method: Callable[..., object]) -> Callable[..., object]:
         def timed(*args: object) -> object:
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return method(*args)
             finally:
-                self.seconds += time.perf_counter() - began
+                self.seconds += time.process_time() - began
 
         return timed
 
@@ -158,54 +160,51 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     corpus = Corpus("noise", (dice.integers(0, config.vocab_size, 1 << 20).astype(np.uint16),), ())
     trainer = Trainer(config, options.tier, Batches(corpus, 0, b"", config.context, batch), settings)
     ready_bytes = status_bytes("VmRSS")
-    stopwatch = Stopwatch(
-        trainer.optimizer, ("add_gradient", "apply", "update_rows") if precision == "lean" else ("step",)
-    )
-    seconds, losses, after_bytes = [], [], []
-    for _ in range(options.steps):
-        began = time.perf_counter()
-        losses.append(trainer.step().loss)
-        seconds.append(time.perf_counter() - began)
-        after_bytes.append(status_bytes("VmRSS"))
-        peaks = {name: max(was, gemm_gflops(getattr(torch, name))) for name, was in peaks.items()}
-    stepped_bytes = status_bytes("VmHWM")
+    optimizer = Stopwatch(trainer.optimizer, LEAN_METHODS if precision == "lean" else ("step",))
     fragments = fragment_table(config, options.fragments or RECIPES[options.preset].fragments)
     manifest = manifest_of(config, fragments, options.preset)
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        held = [fragments[index] for index in manifest.held(options.tier)]
-        payload = offer_and_merge(trainer, manifest, max(held, key=lambda fragment: fragment.size), Path(folder))
-    slot_s = time.perf_counter() - began
-    trainer.step()  # after a merge too
-    step_s, tokens = statistics.median(seconds), batch * config.context
-    rate, peak = tokens / step_s, max(peaks.values())
-    optimizer_s = stopwatch.seconds / (options.steps + 1)
+    fragment = max((fragments[index] for index in manifest.held(options.tier)), key=lambda held: held.size)
+    steps: list[tuple[float, float]] = []
+    losses, after_bytes, payload_bytes, slot_s = [], [], 0, 0.0
+    for number in range(options.steps):
+        if number == options.steps - 1:
+            began = time.process_time()
+            with tempfile.TemporaryDirectory() as folder:
+                payload_bytes = offer_and_merge(trainer, manifest, fragment, Path(folder))
+            slot_s = time.process_time() - began
+        began_at = time.perf_counter(), time.process_time()
+        losses.append(trainer.step().loss)
+        steps.append((time.perf_counter() - began_at[0], time.process_time() - began_at[1]))
+        after_bytes.append(status_bytes("VmRSS"))
+        peaks = {name: max(was, gemm_gflops(getattr(torch, name))) for name, was in peaks.items()}
+    step_s, step_cpu_s = (statistics.median(column) for column in zip(*steps, strict=True))
+    tokens, peak = batch * config.context, max(peaks.values())
+    optimizer_s = optimizer.seconds / options.steps
+    achieved = tokens * flops_per_token(config, options.tier, config.context) / 1e9
     return {
         "params": parameter_count(config, options.tier),
         "tier": options.tier,
         "peak_rss_gib": status_bytes("VmHWM") / GIB,
         "anonymous_gib": looks.stop() / GIB,
-        "tokens_per_s": rate,
-        "mfu": rate * flops_per_token(config, options.tier, config.context) / (peak * 1e9),
+        "tokens_per_s": tokens / step_s,
+        "mfu": achieved / step_cpu_s / peak,
         "gemm_gflops": peak,
         "gemm_gflops_by_type": peaks,
-        "mfu_without_optimizer": tokens
-        / (step_s - optimizer_s)
-        * flops_per_token(config, options.tier, config.context)
-        / (peak * 1e9),
+        "mfu_without_optimizer": achieved / (step_cpu_s - optimizer_s) / peak,
+        "tokens_per_cpu_s": tokens / step_cpu_s,
         "preset": options.preset,
         "precision": precision,
         "threads": torch.get_num_threads(),
         "tokens_per_step": tokens,
         "context": config.context,
-        "step_s": step_s,
-        "optimizer_s": optimizer_s,
-        "slot_s": slot_s,
-        "payload_bytes": payload,
+        "step_cpu_s": step_cpu_s,
+        "optimizer_cpu_s": optimizer_s,
+        "slot_cpu_s": slot_s,
+        "fragment_parameters": fragment.size,
+        "payload_bytes": payload_bytes,
         "estimate_gib": memory_bytes_needed(config, options.tier, settings) / GIB,
         "before_training_gib": ready_bytes / GIB,
-        "peak_of_steps_gib": stepped_bytes / GIB,
-        "after_steps_gib": [held / GIB for held in after_bytes],
+        "after_steps_gib": [after / GIB for after in after_bytes],
         "losses": losses,
     }
 
@@ -215,15 +214,14 @@ def main() -> None:
     parser.add_argument("--preset", default="nano-1b", choices=sorted(PRESETS))
     parser.add_argument("--tier", type=int, default=0)
     parser.add_argument("--precision", choices=("fp32", "lean"), help="default: what a node takes for this model")
-    parser.add_argument("--tokens", type=int, default=2048, help="per step")
+    parser.add_argument("--tokens", type=int, default=1024, help="per step")
     parser.add_argument("--context", type=int, default=0, help="tokens in a window; default: the preset's")
     parser.add_argument("--fragments", type=int, default=0, help="default: the preset's")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
+    parser.add_argument("--threads", type=int, default=1, help="as a node's default")
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     result = run(options)
     if not options.json:
         for key, value in result.items():

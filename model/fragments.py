@@ -50,7 +50,7 @@ _Places = npt.NDArray[np.int32]
 
 
 class _Tiles(Sequence[Tile]):
-    """Many tiles in 20 bytes each: a quarter of a million of them, at a billion parameters, would be 30 MB of objects."""
+    """Many tiles in 20 bytes each: the quarter of a million in a billion parameters would be 30 MB of objects."""
 
     def __init__(self, names: tuple[str, ...], places: _Places) -> None:
         """`places` are int32 [tiles, 5]: number of the tensor's name, then the fields of `Tile` after it."""

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from braniac.model.ffn import activate
 from braniac.model.gpt import Block, Decoder
-from braniac.model.lean_optim import LeanOptimizer
+from braniac.model.lean_optim import VALUES_AT_ONCE, LeanOptimizer
 from braniac.model.tiers import heads_at
+
+_Place = tuple[slice, slice]
 
 NEURONS_AT_ONCE = 512
 TOKENS_AT_ONCE = 512
@@ -68,8 +70,9 @@ class LeanLayer:
         """The first half: [N, D] -> [N, D]"""
         qkv = self._project(normalise(self.block.input_layernorm, x_ND), kv_heads)
         y_NI = torch.empty_like(qkv[0])
-        for at in _windows(len(x_ND), length):
-            y_NI[at] = self._mix([z[at].to(self.compute) for z in qkv], length)
+        for q_at, kv_at in self._heads(qkv, length):
+            leaves = [z[at].to(self.compute) for z, at in zip(qkv, (q_at, kv_at, kv_at), strict=True)]
+            y_NI[q_at] = self._mix(leaves, length)
         return self._times(y_NI, self._rows(self.block.self_attn.o_proj, 0, y_NI.shape[1]), plus=x_ND)
 
     def _project(self, normed_ND: Tensor, kv_heads: int) -> list[Tensor]:
@@ -80,7 +83,7 @@ class LeanLayer:
         return [self._times(normed_ND, self._rows(m, 0, count).mT) for m, count in zip(self.qkv, rows, strict=True)]
 
     def _mix(self, qkv: Sequence[Tensor], length: int) -> Tensor:
-        """What the heads read in some whole windows: [M, I] from queries [M, I], keys and values [M, J]."""
+        """What some heads read in some whole windows: [M, I] from queries [M, I], keys and values [M, J]."""
         cos_TK, sin_TK = (table[:length].to(self.compute) for table in (self.decoder.cos_TK, self.decoder.sin_TK))
         q_BTI, k_BTJ, v_BTJ = (z.view(-1, length, z.shape[1]) for z in qkv)
         return self.block.self_attn.mix(q_BTI, k_BTJ, v_BTJ, cos_TK, sin_TK).flatten(0, 1)
@@ -110,16 +113,27 @@ class LeanLayer:
     def _mix_backward(self, qkv: list[Tensor], flow_ND: Tensor, length: int) -> Tensor:
         """What the heads read, [N, I]; overwrites queries, keys and values by their gradients."""
         y_NI = torch.empty_like(qkv[0])
-        out_ID = self._rows(self.block.self_attn.o_proj, 0, y_NI.shape[1])
-        for at in _windows(len(y_NI), length):
-            leaves = [z[at].to(self.compute, copy=True).requires_grad_() for z in qkv]
+        for q_at, kv_at in self._heads(qkv, length):
+            places = (q_at, kv_at, kv_at)
+            leaves = [z[at].to(self.compute, copy=True).requires_grad_() for z, at in zip(qkv, places, strict=True)]
             with torch.enable_grad():
                 y_MI = self._mix(leaves, length)
-            deltas = torch.autograd.grad(y_MI, leaves, flow_ND[at].to(self.compute) @ out_ID.mT)
-            y_NI[at] = y_MI.detach()
-            for z, delta in zip(qkv, deltas, strict=True):
+            rows, heads = q_at
+            out_ID = self._rows(self.block.self_attn.o_proj, heads.start, heads.stop)
+            deltas = torch.autograd.grad(y_MI, leaves, flow_ND[rows].to(self.compute) @ out_ID.mT)
+            y_NI[q_at] = y_MI.detach()
+            for z, at, delta in zip(qkv, places, deltas, strict=True):
                 z[at] = delta
         return y_NI
+
+    def _heads(self, qkv: Sequence[Tensor], length: int) -> Iterator[tuple[_Place, _Place]]:
+        """Heads do not talk to each other, nor windows: places of a few of both in queries, and in keys and values."""
+        attention, tokens = self.block.self_attn, max(1, TOKENS_AT_ONCE // length) * length
+        at_once = max(1, VALUES_AT_ONCE // (tokens * attention.head_dim * attention.group)) * attention.head_dim
+        for first, last in _pieces(len(qkv[0]), tokens):
+            for start, stop in _pieces(qkv[1].shape[1], at_once):
+                rows, group = slice(first, last), attention.group
+                yield (rows, slice(start * group, stop * group)), (rows, slice(start, stop))
 
     def _move(self, name: str, products: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Step of a matrix whose gradient is the sum of a^T b over pairs of a [N, rows] and b [N, D]."""
@@ -127,8 +141,7 @@ class LeanLayer:
         gradient_ID = torch.zeros(rows, products[0][1].shape[1])
         for a_NI, b_ND in products:
             for at in chunks(len(a_NI)):
-                part_ID = gradient_ID[: a_NI.shape[1]]
-                _add_product(part_ID, a_NI[at].to(self.compute).mT, b_ND[at].to(self.compute))
+                _add_product(gradient_ID[: a_NI.shape[1]], a_NI[at].to(self.compute).mT, b_ND[at].to(self.compute))
         direction = self.optimizer.direction(name, rows)
         self.optimizer.add_gradient(direction, 0, gradient_ID)
         del gradient_ID
@@ -229,12 +242,6 @@ def normalise_backward(norm: nn.Module, x_ND: Tensor, back_ND: Tensor, flow_ND: 
 def chunks(tokens: int) -> Iterator[slice]:
     """Tokens a chunk at a time."""
     for start, stop in _pieces(tokens, TOKENS_AT_ONCE):
-        yield slice(start, stop)
-
-
-def _windows(tokens: int, length: int) -> Iterator[slice]:
-    """Whole windows, about a chunk at a time."""
-    for start, stop in _pieces(tokens, max(1, TOKENS_AT_ONCE // length) * length):
         yield slice(start, stop)
 
 

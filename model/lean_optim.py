@@ -133,16 +133,16 @@ class LeanOptimizer:
         beta1, beta2 = ADAM_BETAS
         correction1, correction2 = 1 - beta1 ** int(self.steps), 1 - beta2 ** int(self.steps)
         for name, gain in self.gains.items():
-            assert gain.grad is not None, f"{name} has no gradient"
-            if not math.isfinite(gain.grad.sum().item()):
+            gradient, gain.grad = gain.grad, None
+            assert gradient is not None, f"{name} has no gradient"
+            if not math.isfinite(gradient.sum().item()):
                 self.refused.append(name)
                 continue
-            first = self.first[name].lerp_(gain.grad, 1 - beta1)
-            second = self.second[name].lerp_(gain.grad.square(), 1 - beta2)
+            first = self.first[name].lerp_(gradient, 1 - beta1)
+            second = self.second[name].lerp_(gradient.square(), 1 - beta2)
             denominator = (second / correction2).sqrt_().add_(ADAM_EPSILON)
             lr = self.adam_learning_rate * self._lr_scale
             gain.detach().addcdiv_(first, denominator, value=-lr / correction1)
-            gain.grad = None
 
     # --- memory ------------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,9 @@ Express (Amsel et al. 2025, arXiv 2505.16932), each the best one for the interva
 Two ways to the same result. `orthogonalize` applies each polynomial to the matrix X itself. `gram_polar` sees only the
 Gram matrix G = X X^T: p(X) = (a + b G + c G^2) X, so all polynomials together are one factor Q(G), and the matrix need
 be multiplied only once, when Q is known (Gram Newton-Schulz, Zhang, Amsel, Chen & Dao 2026, in the repository
-Dao-AILab/gram-newton-schulz). On an [8192, 2048] matrix that is 1.8 times less work, 2.6 times with the symmetry of
-all that is multiplied, and X may stay in pieces and in bfloat16. Squaring costs half of the digits, so Q is computed in float32; half precision would need restarts.
+Dao-AILab/gram-newton-schulz). On an [8192, 2048] matrix that is 1.8 times less work, 2.6 times with the symmetry
+of all that is multiplied, and X may stay in pieces and in bfloat16. Squaring costs half of the digits, so Q is computed
+in float32; half precision would need restarts.
 """
 
 from __future__ import annotations

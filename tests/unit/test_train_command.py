@@ -154,13 +154,14 @@ HARD = (  # as much state as possible: gains, a moving objective, decay, an odd 
     *("objective.final_alphas=1,1,2,4", "objective.curriculum_steps=5", "objective.kl_weight=0.3"),
     *("optimizer.weight_decay=0.1", "optimizer.warmup_steps=5", "train.seed=3"),
 )
+LEAN = "train.precision=lean"
 DRAWN = ("objective.mode=layers", "objective.subwidth_fraction=0.7", "train.tier=1", "train.checkpoint_layers=true")
 
 
 @pytest.mark.parametrize(
     ("sets", "number"),
-    [((), signal.SIGTERM), (HARD, signal.SIGINT), (DRAWN, signal.SIGTERM)],
-    ids=["plain", "hard", "drawn"],
+    [((), signal.SIGTERM), (HARD, signal.SIGINT), (DRAWN, signal.SIGTERM), ((*HARD, LEAN), signal.SIGINT)],
+    ids=["plain", "hard", "drawn", "lean"],
 )
 def test_a_stopped_training_ends_like_one_that_never_was(
     text: Path, tmp_path: Path, sets: tuple[str, ...], number: int
