@@ -163,7 +163,7 @@ def _return_large_blocks_at_once() -> None:
     """For the whole process: blocks of 1 MiB and more get pages of their own, which are gone when they are freed.
 
     glibc would begin so too, but raises the bound to 32 MB as such blocks are freed, and then the holes that one phase
-    of a step leaves do not fit the next one's blocks: 450 MB instead of 110 at the peak of a layer of `nano-1b`.
+    of a step leaves do not fit the next one's blocks (docs/LOG.md has figures).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have other habits
     if mallopt is not None:
