@@ -80,7 +80,8 @@ def _trainer(config: TrainConfig) -> Trainer:
     corpus = TextSource(config.data.paths).load(model.vocab_size)
     trainer = Trainer(model, tier, Batches(corpus, settings.seed, _PEER, model.context, settings.batch), settings)
     if start is not None:
-        copy_checked(trainer.params, dict(start.named_parameters()))
+        held = {name: p.to(trainer.params[name].dtype) for name, p in start.named_parameters()}
+        copy_checked(trainer.params, held)
     return trainer
 
 
