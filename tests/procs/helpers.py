@@ -84,7 +84,9 @@ class Node:
         for setting in (f"run.slot_s={SLOT_S}", "train.batch=1"):
             arguments += ["--set", setting]
         arguments += ["--peers", peers] if peers else []
-        self.log_began = self.log_path.stat().st_size if self.log_path.exists() else 0
+        self.output_path.touch()
+        self.log_path.touch()
+        self.log_began = self.log_path.stat().st_size
         words = [str(word) for word in (*arguments, *more)]
         self.process = nursery(ENVIRONMENT).fork(words, ENVIRONMENT, self.output_path, self.log_path)
         return self
