@@ -6,6 +6,7 @@ Connections are bounded in number and each serves one exchange, so nobody who re
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
@@ -16,7 +17,7 @@ CONNECTIONS_MAX = 32
 EXCHANGE_S_MAX = 5.0
 
 
-class BoundedServer:
+class BoundedServer(ABC):
     """Listens on host and port (0: any free one), between `start` and `stop` or as `async with`."""
 
     SUBJECT = "anything"
@@ -74,6 +75,6 @@ class BoundedServer:
             writer.transport.abort()
             del self._connections[task]
 
+    @abstractmethod
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request. It ends soon after its connection is cut, and may raise TimeoutError."""
-        raise NotImplementedError

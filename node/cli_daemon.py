@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from braniac.node import commands, replies
-from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, node_config
+from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, node_config, running_node
 
 daemon_app = typer.Typer()
 
@@ -36,9 +36,7 @@ def status(
       braniac-node status --json | jq .slot
       braniac-node status --check && echo well
     """
-    from braniac.node.control_client import ControlClient
-
-    client = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket)
+    client = running_node(config, set_, state_dir)
     if check:
         raise typer.Exit(0 if replies.is_well(client) else 1)
     if watch:
@@ -59,9 +57,7 @@ def peers(json: Json = False, state_dir: StateDir = None, config: ConfigFile = N
       braniac-node peers
       braniac-node peers --json | jq '.peers[].peer_id'
     """
-    from braniac.node.control_client import ControlClient
-
-    reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).peers()
+    reply = running_node(config, set_, state_dir).peers()
     typer.echo(commands.json_text(commands.message_dict(reply)) if json else replies.peers_text(reply))
 
 
@@ -88,9 +84,7 @@ def pause(
       braniac-node pause --finish --for 8h
     """
     seconds = 0.0 if for_ is None else commands.parse_duration_s("--for", for_)
-    from braniac.node.control_client import ControlClient
-
-    ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).pause(seconds, finish)
+    running_node(config, set_, state_dir).pause(seconds, finish)
     if json:
         typer.echo(commands.json_text({"pause": True, "seconds": seconds or None, "finish": finish}))
         return
@@ -123,9 +117,7 @@ def resume(json: Json = False, state_dir: StateDir = None, config: ConfigFile = 
       braniac-node resume
       braniac-node resume --json | jq '.reasons[].code'
     """
-    from braniac.node.control_client import ControlClient
-
-    reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).resume()
+    reply = running_node(config, set_, state_dir).resume()
     if json:
         typer.echo(commands.json_text(commands.message_dict(reply)))
     elif reply.reasons:
@@ -151,9 +143,7 @@ def contributions(
       braniac-node contributions
       braniac-node contributions --json | jq '.contributors[] | select(.me)'
     """
-    from braniac.node.control_client import ControlClient
-
-    reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).contributions()
+    reply = running_node(config, set_, state_dir).contributions()
     typer.echo(commands.json_text(commands.message_dict(reply)) if json else replies.contributions_text(reply, top))
 
 
@@ -211,9 +201,7 @@ def leave(
       braniac-node leave
       braniac-node leave --now
     """
-    from braniac.node.control_client import ControlClient
-
-    ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).leave(now=now)
+    running_node(config, set_, state_dir).leave(now=now)
     if json:
         typer.echo(commands.json_text({"leave": True, "now": now}))
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from braniac.node import commands
-from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, node_config
+from braniac.node.cli_options import ConfigFile, Force, Json, Sets, StateDir, node_config
 
 identity_app = typer.Typer(help="Look after this node's key.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ def show(json: Json = False, state_dir: StateDir = None, config: ConfigFile = No
 @identity_app.command("export")
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to put the copy; readable by you only.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace what FILE holds.")] = False,
+    force: Force = False,
     json: Json = False,
     state_dir: StateDir = None,
     config: ConfigFile = None,
@@ -60,7 +60,7 @@ def export(
 @identity_app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A key that `identity export` wrote.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace another key.")] = False,
+    force: Force = False,
     json: Json = False,
     state_dir: StateDir = None,
     config: ConfigFile = None,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-if TYPE_CHECKING:  # pydantic loads only for the commands that read a configuration
+if TYPE_CHECKING:  # pydantic and grpc load only for the commands that need them
     from braniac.node.config import NodeConfig, Root
+    from braniac.node.control_client import ControlClient
 
 _Root = TypeVar("_Root", bound="Root")
 
@@ -25,6 +26,7 @@ StateDir = Annotated[
     Path | None, typer.Option("--state-dir", metavar="DIR", help="Folder of the node's key and state.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
 def merged(root: type[_Root], file: Path | None, sets: Sequence[str] | None, **flags: object) -> _Root:
@@ -49,3 +51,10 @@ def node_config(file: Path | None, sets: Sequence[str] | None, **flags: object) 
     from braniac.node.config import NodeConfig as Node
 
     return merged(Node, file, sets, **flags)
+
+
+def running_node(file: Path | None, sets: Sequence[str] | None, state_dir: Path | None) -> ControlClient:
+    """The way to the node that runs on a state directory; whether one does, the first call tells."""
+    from braniac.node.control_client import ControlClient as Client
+
+    return Client(node_config(file, sets, state__dir=state_dir).control_socket)

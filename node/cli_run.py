@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from braniac.node import commands
-from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, node_config
+from braniac.node.cli_options import ConfigFile, Force, Json, Sets, StateDir, node_config, running_node
 from braniac.node.errors import ConfigError, NodeError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def init(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write; default: beside FILE, ending in .braniac.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
+    force: Force = False,
     json: Json = False,
     state_dir: StateDir = None,
     config: ConfigFile = None,
@@ -88,10 +88,9 @@ def link(
       braniac-node link
       braniac-node link --qr
     """
-    from braniac.node.control_client import ControlClient
     from braniac.node.join_link import link_for, qr_text
 
-    reply = ControlClient(node_config(config, set_, state__dir=state_dir).control_socket).status(since_slot=1 << 62)
+    reply = running_node(config, set_, state_dir).status(since_slot=1 << 62)
     found = link_for(reply.run_id, reply.addresses)
     if not reply.run_id or not found.addresses:
         raise NodeError(

@@ -148,8 +148,9 @@ class TrainSection(Section):
     """fp32, or lean: bfloat16 weights and a fraction of the memory; not set: lean from 100 million parameters on."""
     threads: int = Field(default=1, ge=1, le=256)
     """CPU threads for training."""
-    nice: int = Field(default=10, ge=0, le=19)
-    """Scheduling priority of the training thread: 19 yields to everything else."""
+    nice: int = Field(default=5, ge=0, le=19)
+    """By how much the training thread yields to others. Above 5 the node answers late on a busy machine: make the whole
+    process yield instead (`nice -n 10 braniac-node join`, systemd's CPUWeight)."""
 
 
 class DataSection(Section):

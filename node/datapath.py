@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
@@ -28,6 +29,11 @@ from braniac.protocol.messages import FragmentState
 log = structlog.get_logger(__name__)
 
 _DISK_RETRY_S = 1.0
+
+
+@dataclass(frozen=True)
+class _Save:
+    """Make a generation: in its turn, because one made during an update would not show one moment."""
 
 
 class DataPath:
@@ -53,7 +59,7 @@ class DataPath:
         self._joined = joined
         self._wake = wake
         self._blobs = Blobs(node.store, node.exchange, node.metrics)
-        self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState] = asyncio.Queue()
+        self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState | _Save] = asyncio.Queue()
         self._fetching: set[bytes] = set()
         self._bar: DownloadBar | None = None
         self._took_part = False
@@ -80,11 +86,12 @@ class DataPath:
                 self._ordered.task_done()
                 self._wake()
 
-    async def _do(self, job: events.FragmentDue | events.UpdateDue | FragmentState) -> bool:
+    async def _do(self, job: events.FragmentDue | events.UpdateDue | FragmentState | _Save) -> bool:
         """Whether a job is done with; if not, it must be tried again.
 
-        On a full disk an offer is given up: the work stays in the weights until its turn comes again. A change of an
-        anchor waits for space, because without it this node's anchor would differ from everybody's.
+        On a full disk an offer is given up: the work stays in the weights until its turn comes again. So is a save: the
+        last generation stays. A change of an anchor waits for space, because without it this node's anchor would differ
+        from everybody's.
         """
         try:
             match job:
@@ -94,11 +101,15 @@ class DataPath:
                     await self._apply(job)
                 case FragmentState():
                     await self._restore(job)
+                case _Save():
+                    await self.commit()
         except DiskFull as error:
             self._node.metrics.checkpoint_failures.inc()
             self._status.trouble("disk", str(error))
-            return isinstance(job, events.FragmentDue) or self._hurry.is_set()
+            return isinstance(job, events.FragmentDue | _Save) or self._hurry.is_set()
         except BlobMissing as error:
+            if isinstance(job, _Save):
+                raise
             # The disk has lost an anchor or an update: in this fragment we are like a joiner, and ask the others.
             log.error("a fragment is damaged on disk, downloading it", fragment=job.fragment, reason=str(error))
             self._replica.lose(job.fragment)
@@ -108,8 +119,8 @@ class DataPath:
     async def finish(self) -> None:
         """Do what is in hand, then save it if there is space."""
         await self._ordered.join()
-        with contextlib.suppress(DiskFull):
-            await self.commit()
+        self._ordered.put_nowait(_Save())
+        await self._ordered.join()
 
     def hurry(self) -> None:
         """The node leaves: wait for a full disk no longer."""
@@ -268,7 +279,10 @@ class DataPath:
             self._status.forfeit("clipped")
 
     async def commit(self, offer: tuple[int, Prepared] | None = None) -> None:
-        """Make a generation: what a crash from now on goes back to. Raises DiskFull."""
+        """Make a generation: what a crash from now on goes back to. Raises DiskFull.
+
+        Once `work` runs, `finish` is how others ask for one.
+        """
         now = self._node.swarm_clock.now()
         clock = (now - self._node.clock.wall(), now)
         peers = self._node.network.known_peers()

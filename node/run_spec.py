@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from braniac.model.config import PRESETS, ModelConfig
@@ -194,7 +194,7 @@ def _read(path: Path) -> object:
         raise ConfigError(f"{path} is not valid YAML: {_yaml_trouble(error)}; correct that line") from None
 
 
-class _Strict(yaml.SafeLoader):  # type: ignore[misc]
+class _Strict(yaml.SafeLoader):
     """YAML without keys given twice, of which all but one would be ignored."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[object, object]:

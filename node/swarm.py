@@ -127,7 +127,6 @@ class Swarm:
         command += ["--state-dir", str(peer.state_dir), "--tier", str(peer.tier), "--log-format", "json"]
         command += ["--listen", f"/ip4/127.0.0.1/tcp/{peer.port}", "--preset", options.preset]
         command += ["--set", f"run.slot_s={options.slot_s}", "--set", f"run.seed={options.seed}"]
-        command += ["--set", "train.nice=19"]
         for setting in options.sets:
             command += ["--set", setting]
         if joins:
@@ -194,18 +193,19 @@ class Swarm:
         return status if status is not None and status.state == state else None
 
     async def _wait_for_agreement(self) -> dict[int, dict[str, Any]]:
-        """Look at all nodes until one look shows the same last slot and bytes of every fragment at all that hold it."""
-        looks: dict[int, dict[str, Any]] = {}
+        """Look at all nodes until each fragment was seen with the same last slot and bytes at all that hold it."""
+        seen: dict[int, dict[str, Any]] = {}
         loop = asyncio.get_running_loop()
         deadline = loop.time() + 60 * self.options.slot_s
         while loop.time() < deadline:
             replies = await asyncio.gather(*(peer.ask() for peer in self.peers))
             answers = [reply for reply in replies if reply is not None]
-            looks = report.compare(answers) if len(answers) == len(self.peers) else {}  # silence is no agreement
-            if looks and all(look["agree"] for look in looks.values()):
+            if len(answers) == len(self.peers):  # silence is no agreement
+                report.keep_agreement(seen, report.compare(answers))
+            if seen and all(look["agree"] for look in seen.values()):
                 break
             await asyncio.sleep(0.1 * self.options.slot_s)
-        return looks
+        return seen
 
     async def _until(self, condition: Callable[[], Awaitable[_Result | None]]) -> _Result:
         async with asyncio.timeout(_START_S_MAX):

@@ -121,6 +121,16 @@ def compare(replies: Iterable[StatusReply]) -> dict[int, dict[str, Any]]:
     }
 
 
+def keep_agreement(seen: dict[int, dict[str, Any]], looks: Mapping[int, dict[str, Any]]) -> None:
+    """Add one look to what was seen: per fragment the newest look at which all agreed, else the newest.
+
+    Fragments are not judged in one and the same look, because in every slot one of them is on its way.
+    """
+    for fragment, look in looks.items():
+        if look["agree"] or not seen.get(fragment, look)["agree"]:
+            seen[fragment] = look
+
+
 def build(
     options: SwarmOptions,
     observations: Mapping[int, Observations],

@@ -1,9 +1,10 @@
 """Do we hold the same anchors as the others (I2), and if not, who is right?
 
-Peers compare the hash of an anchor whenever they say they merged the same last slot into it. One mismatch may be a
-message still on its way; two in a row at different slots mean that the sets of certificates differ, and then the
-majority is right (of equal camps the one with the lower hash), and the minority downloads. A joiner is in the same
-position with every fragment.
+Peers compare the hash of an anchor whenever they say they merged the same last slot into it. Updates add up in any
+order, so a mismatch means nothing while one of two peers lists a certificate of the fragment that the other does not,
+or has one still to apply: certificates go round, and lists are compared over the last three windows. Mismatches without
+such a reason, two in a row at different slots, do not heal by certificates: then the majority is right (of equal camps
+the one with the lower hash), and the minority downloads. A joiner is in the same position with every fragment.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from braniac.protocol.events import FragmentLost, FragmentUnheld
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
-from braniac.protocol.messages import FragmentState
+from braniac.protocol.messages import CertificateName, FragmentState
 from braniac.protocol.roster import Member
 
 _STRIKES = 2
@@ -93,13 +94,26 @@ class Agreement:
         if mine.slot <= now_slot - history.horizon:
             # Too long ago to be repaired by certificates.
             return self._agreed({s: n for s, n in claims.items() if s.slot > mine.slot}, now_slot)
-        return self._judge(mine, claims)
+        if history.applying(fragment):
+            return None
+        return self._judge(mine, self._claims(fragment, self._alike(mine, voices, now_slot, history), now_slot))
 
     def _agreed(self, claims: dict[FragmentState, int], now_slot: int) -> FragmentState | None:
         """The state to believe: two peers must agree, unless a slot has passed and there is still only one to ask."""
         alone = self._first_heard is not None and self._first_heard < now_slot and sum(claims.values()) == 1
         agreed = [state for state, count in claims.items() if count >= (1 if alone else 2)]
         return max(agreed, key=lambda s: (claims[s], s.slot, s.digest), default=None)
+
+    def _alike(self, mine: FragmentState, voices: list[Member], now_slot: int, history: History) -> Iterator[Member]:
+        """Who lists the same certificates of the fragment as this peer, as far as all lists go."""
+        since = max(history.floor.get(mine.fragment, -1), now_slot - history.horizon + self._manifest.window)
+
+        def listed(names: Iterable[CertificateName]) -> set[CertificateName]:
+            fragment_of = self._manifest.fragment_of
+            return {n for n in names if since < n.slot <= mine.slot and fragment_of(n.slot) == mine.fragment}
+
+        ours = listed(history.recent(now_slot))
+        return (member for member in voices if listed(member.recent) == ours)
 
     def _judge(self, mine: FragmentState, claims: dict[FragmentState, int]) -> FragmentState | None:
         """Compare with those who merged the same last slot."""

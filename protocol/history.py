@@ -105,6 +105,14 @@ class History:
         ]
         return sorted(found, key=lambda e: e.certificate.verdict.slot)
 
+    def applying(self, fragment: int) -> bool:
+        """Whether a certificate of the fragment is known here and not inside its anchor yet."""
+        return any(
+            slot not in self._confirmed and self._wanted(entry)
+            for slot, entry in self._entries.items()
+            if entry.certificate.verdict.fragment == fragment
+        )
+
     def _wanted(self, entry: Entry) -> bool:
         verdict = entry.certificate.verdict
         return verdict.fragment in self.last and verdict.slot > self.floor.get(verdict.fragment, -1)

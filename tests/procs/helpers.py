@@ -19,6 +19,7 @@ from braniac.node.config import control_socket_path
 from braniac.node.control_client import ControlClient
 from braniac.node.control_pb2 import StatusReply
 from braniac.node.errors import NodeError
+from tests.procs.nursery import Fork, nursery
 
 SLOT_S = 0.5
 PATIENCE_S = 60.0
@@ -60,7 +61,7 @@ class Node:
     state_dir: Path
     data: Path
     tier: int = 3
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | Fork | None = None
     helpers: set[psutil.Process] = field(default_factory=set)
     """libp2p daemons that were seen as its children."""
     log_began: int = 0
@@ -80,18 +81,14 @@ class Node:
         """Start a daemon; it is not waited for."""
         arguments: list[object] = ["join", "--state-dir", self.state_dir, "--tier", self.tier, "--data", self.data]
         arguments += ["--listen", listen, "--log-format", "json"]
-        for setting in (f"run.slot_s={SLOT_S}", "train.batch=1", "train.nice=19"):
+        for setting in (f"run.slot_s={SLOT_S}", "train.batch=1"):
             arguments += ["--set", setting]
         arguments += ["--peers", peers] if peers else []
-        with self.output_path.open("ab") as output, self.log_path.open("ab") as errors:
-            self.log_began = errors.tell()
-            self.process = subprocess.Popen(
-                [*COMMAND, *map(str, [*arguments, *more])],
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=errors,
-            )
+        self.output_path.touch()
+        self.log_path.touch()
+        self.log_began = self.log_path.stat().st_size
+        words = [str(word) for word in (*arguments, *more)]
+        self.process = nursery(ENVIRONMENT).fork(words, ENVIRONMENT, self.output_path, self.log_path)
         return self
 
     @property

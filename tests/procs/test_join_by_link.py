@@ -40,7 +40,7 @@ def test_from_a_description_to_a_second_node(nodes: Nodes, tmp_path: Path) -> No
     assert (json.loads(looked.stdout)["run_id"], looked.stderr) == (run_id, "")
 
     words = ["join", link, "--state-dir", joiner.state_dir, "--data", nodes.data, "--tier", 3]
-    words += ["--listen", "/ip4/127.0.0.1/tcp/0", "--set", "train.batch=1", "--set", "train.nice=19", *IDLE]
+    words += ["--listen", "/ip4/127.0.0.1/tcp/0", "--set", "train.batch=1", *IDLE]
     with terminal(*words) as person:
         person.expect("TIER", "3 *", "Download 917.5 kB and take part? [Y/n] ")
         person.press("n\r")

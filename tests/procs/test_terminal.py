@@ -27,7 +27,7 @@ def first_start(node: Node) -> Terminal:
     opened = Terminal(
         *("join", "--state-dir", node.state_dir, "--tier", 3, "--data", node.data),
         *("--listen", "/ip4/127.0.0.1/tcp/0", "--set", f"run.slot_s={SLOT_S}", "--set", "train.batch=1"),
-        *("--set", "train.nice=19", "--set", "caps.duty_percent=25"),  # a test should leave the machine to others
+        *("--set", "caps.duty_percent=25"),  # a test should leave the machine to others
     )
     node.process = opened.process
     opened.expect("founded a run", "taking part", "join with: braniac-node join --peers /ip4/127.0.0.1/tcp/", "merged")

@@ -74,11 +74,26 @@ class Books:
     """One fragment's independent account: x - anchor must equal `steps` less what the applied certificates took."""
 
     steps: Int64Array
+    gone: Int64Array
+    """Sum of what they took."""
     taken: dict[int, tuple[bytes, Int64Array]] = field(default_factory=dict)
-    """slot -> (verdict digest, what its certificate took from this peer)."""
+    """slot -> (verdict digest, what its certificate took from this peer), to be given back if it is undone."""
 
     def owed(self) -> Int64Array:
-        return self.steps - sum((vector for _, vector in self.taken.values()), np.zeros_like(self.steps))
+        return self.steps - self.gone
+
+    def take(self, slot: int, digest: bytes, vector: Int64Array) -> None:
+        assert slot not in self.taken, "two certificates of one slot applied at once"
+        self.taken[slot] = (digest, vector)
+        self.gone += vector
+
+    def give_back(self, slot: int, digest: bytes) -> None:
+        taken, vector = self.taken.pop(slot)
+        assert taken == digest, "undid a certificate that was not applied"
+        self.gone -= vector
+
+    def copy(self) -> Books:
+        return Books(self.steps.copy(), self.gone.copy(), dict(self.taken))
 
 
 @dataclass
@@ -225,7 +240,7 @@ class Peer:
     def _set_fragment(self, f: int, anchor: Int32Array, slot: int) -> None:
         self.anchors[f] = anchor
         self.weights[f] = anchor.astype(np.int64)
-        self.books[f] = Books(np.zeros(len(anchor), np.int64))
+        self.books[f] = Books(np.zeros(len(anchor), np.int64), np.zeros(len(anchor), np.int64))
         self._note_state(f, slot)
 
     def _note_state(self, f: int, slot: int) -> FragmentState:
@@ -241,7 +256,7 @@ class Peer:
             {f: weights.copy() for f, weights in self.weights.items()},
             dict(self.anchors),
             dict(self.states),
-            {f: Books(books.steps.copy(), dict(books.taken)) for f, books in self.books.items()},
+            {f: books.copy() for f, books in self.books.items()},
             self.engine.state(offered),
             dict(self.blobs),
         )
@@ -375,15 +390,12 @@ class Peer:
         books = self.books[verdict.fragment]
         if due.undo:
             self.undone += 1
-            digest, _ = books.taken.pop(verdict.slot)
-            assert digest == verdict.digest, "undid a certificate that was not applied"
-            return
-        assert verdict.slot not in books.taken, "two certificates of one slot applied at once"
+            return books.give_back(verdict.slot, verdict.digest)
         taken = np.zeros(len(books.steps), np.int64)
         if due.acknowledged is not None:
             mine = self.swarm.sent[due.acknowledged].dense(len(taken))
             taken[update.positions] = mine[update.positions]
-        books.taken[verdict.slot] = (verdict.digest, taken)
+        books.take(verdict.slot, verdict.digest, taken)
 
     def _restore(self, lost: events.FragmentLost) -> None:
         data = self._pull(lost.state.digest, lost.holders)

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,9 @@ from braniac.node.errors import StateError
 from braniac.node.log_view import lines, log_path
 from braniac.node.logs import LogFile, configure_logging, log_to_file, render_line
 
+pytestmark = pytest.mark.usefixtures("own_logging")
+
 MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("HIVEMIND_LOGLEVEL", "WARNING")
-    root, ours = logging.getLogger(), logging.getLogger("braniac")
-    before = (root.handlers, root.level, ours.level)
-    yield
-    root.handlers, root.level, ours.level = before
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
 
 
 def entry(number: int, level: str = "info") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -13,21 +12,12 @@ import structlog
 
 from braniac.node.logs import configure_logging
 
+pytestmark = pytest.mark.usefixtures("own_logging")
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("HIVEMIND_LOGLEVEL", "WARNING")
-    root, ours = logging.getLogger(), logging.getLogger("braniac")
-    before = (root.handlers, root.level, ours.level)
-    yield
-    root.handlers, root.level, ours.level = before
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
 
 
 def test_lines_are_readable_and_have_colours_only_on_a_terminal() -> None:

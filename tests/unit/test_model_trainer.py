@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,14 @@ CORPUS = Corpus("a fox", (TEXT[:4000],), (TEXT[4000:],))
 
 def trainer_of(tier: int = 0, peer: bytes = b"peer", settings: TrainSettings = SETTINGS) -> Trainer:
     return Trainer(CONFIG, tier, Batches(CORPUS, settings.seed, peer, CONFIG.context, settings.batch), settings)
+
+
+def test_the_first_step_imports_no_computer_algebra() -> None:
+    """Some calls of torch do, and no other thread of a daemon gets anywhere meanwhile."""
+    program = "import sys\nimport test_model_trainer as t\nt.trainer_of().step()\nprint('sympy' in sys.modules)"
+    folder = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("tier", [0, 3])

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from braniac.protocol.agreement import Agreement
 from braniac.protocol.events import FragmentLost
 from braniac.protocol.history import History
-from braniac.protocol.messages import FragmentState
+from braniac.protocol.messages import Certificate, FragmentState
 from braniac.protocol.roster import Member
 from tests.unit.swarm_harness import identity, make_manifest
+from tests.unit.test_protocol_history import apply, certificate
 
 MANIFEST = make_manifest(rings=(0, 0, 0))
 WINDOW = MANIFEST.window
@@ -27,8 +28,10 @@ def state(slot: int, anchor: bytes = LOW, fragment: int = 0) -> FragmentState:
     return FragmentState(fragment, slot, anchor)
 
 
-def member(number: int, *states: FragmentState, ready_slot: int = 0) -> Member:
-    return Member(identity(number).peer_id, 0, ready_slot, 100, anchors={s.fragment: s for s in states})
+def member(number: int, *states: FragmentState, ready_slot: int = 0, lists: Iterable[Certificate] = ()) -> Member:
+    recent = frozenset(each.name for each in lists)
+    anchors = {s.fragment: s for s in states}
+    return Member(identity(number).peer_id, 0, ready_slot, 100, recent=recent, anchors=anchors)
 
 
 class Case:
@@ -138,6 +141,65 @@ def test_peers_at_other_slots_are_not_compared() -> None:
     for now in (10, 13, 16, 19):
         assert case.review(now, [member(1, state(6)), member(2, state(12))]) == []
     assert case.agreement.disagreements == 0
+
+
+def certificates(*slots: int) -> list[Certificate]:
+    return [certificate(slot) for slot in slots]
+
+
+def apply_all(case: Case, *slots: int) -> None:
+    for given in certificates(*slots):
+        apply(case.history, given, given.verdict.slot)
+    case.agreement.set_mine(state(slots[-1], HIGH))
+
+
+def suspicions(case: Case, lists: dict[int, list[Certificate]]) -> list[list[FragmentLost]]:
+    """What two others that show other bytes at the given slots, and list so many certificates, make this peer do."""
+    found = []
+    for slot, listed in lists.items():
+        apply_all(case, slot)
+        found.append(case.review(slot + 1, [member(n, state(slot), lists=listed) for n in (1, 2)]))
+    return found
+
+
+def test_the_same_certificates_and_other_bytes_are_a_divergence() -> None:
+    case = Case()
+    first, second = suspicions(case, {3: certificates(3), 6: certificates(3, 6)})
+    assert first == []
+    assert [lost.state for lost in second] == [state(6)]
+
+
+def test_a_certificate_that_this_peer_lacks_explains_other_bytes() -> None:
+    case = Case()
+    assert suspicions(case, {3: certificates(0, 3), 6: certificates(0, 3, 6)}) == [[], []]
+    assert case.agreement.disagreements == 0
+
+
+def test_a_certificate_that_the_others_lack_explains_their_other_bytes() -> None:
+    case = Case()
+    apply_all(case, 0)
+    assert suspicions(case, {3: certificates(3), 6: certificates(3, 6)}) == [[], []]
+    assert case.agreement.disagreements == 0
+
+
+def test_certificates_of_other_fragments_explain_nothing() -> None:
+    case = Case()
+    _, second = suspicions(case, {3: certificates(2, 3), 6: certificates(2, 3, 4, 6)})
+    assert second
+
+
+def test_an_update_that_waits_to_be_applied_explains_other_bytes() -> None:
+    case = Case()
+    case.history.accept(certificate(0), 0)
+    assert suspicions(case, {3: certificates(0, 3), 6: certificates(0, 3, 6)}) == [[], []]
+    assert case.agreement.disagreements == 0
+
+
+def test_what_did_not_come_round_in_three_windows_is_downloaded() -> None:
+    case = Case()
+    found = suspicions(case, {slot: certificates(*range(0, slot + 1, WINDOW)) for slot in (3, 6, 9, 12)})
+    assert [bool(lost) for lost in found] == [False, False, False, True]
+    assert case.agreement.disagreements == 2
 
 
 def test_an_anchor_too_old_for_certificates_is_downloaded() -> None:

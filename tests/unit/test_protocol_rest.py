@@ -207,7 +207,7 @@ def tidy(peer: Peer) -> None:
     edge = peer.engine.slot - peer.engine.history.horizon
     for books in peer.books.values():
         for slot in [slot for slot in books.taken if slot < edge]:
-            books.steps -= books.taken.pop(slot)[1]
+            del books.taken[slot]
 
 
 def tables(engine: Engine) -> dict[str, int]:

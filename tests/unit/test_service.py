@@ -268,6 +268,7 @@ async def test_rest_and_go_on(swarm: Swarm) -> None:
     await swarm.until(lambda: 2 in contributors(founder) and agree(founder, joiner))
     assert joiner.daemon is not None
     await swarm.until(lambda: joiner.answers.status(0).reachability == "public")
+    given_up = dict(joiner.answers.status(0).forfeited)  # on a very busy machine, before anybody rested
     joiner.answers.pause(0.0, finish=False)
     await swarm.until(lambda: joiner.node.exchange.engine is None)
     assert joiner.node.metrics.state == "paused"
@@ -282,7 +283,8 @@ async def test_rest_and_go_on(swarm: Swarm) -> None:
     back = founder.answers.status(0).slot
     await swarm.until(lambda: any(r.slot > back and r.contributors == 2 for r in founder.answers.status(0).slots))
     await swarm.until(lambda: agree(founder, joiner))
-    assert set(joiner.answers.status(0).forfeited) <= {"clipped"}
+    now_given_up = dict(joiner.answers.status(0).forfeited)
+    assert {**now_given_up, "clipped": 0} == {**given_up, "clipped": 0}  # being clipped is part of contributing
     totals = {c.peer_id: c.tokens for c in founder.answers.contributions().contributors}
     assert len(totals) == 2
     assert all(totals.values())

@@ -129,6 +129,20 @@ def test_a_look_compares_what_all_hold_now() -> None:
     assert [one["agree"] for one in report.compare([a, b, c]).values()] == [False, False]
 
 
+def test_fragments_may_agree_in_different_looks() -> None:
+    seen: dict[int, Any] = {}
+    one, other = {"agree": True, "slot": 4, "holders": 2}, {"agree": False, "slot": 5, "holders": 2}
+    report.keep_agreement(seen, {0: one, 1: other})
+    assert seen == {0: one, 1: other}
+    later = {0: {**one, "agree": False, "slot": 6}, 1: {**other, "agree": True}}
+    report.keep_agreement(seen, later)
+    assert seen == {0: one, 1: later[1]}
+    report.keep_agreement(seen, {1: {**other, "agree": False, "slot": 9}})
+    assert seen == {0: one, 1: later[1]}
+    report.keep_agreement(seen, {0: {**one, "slot": 12}})
+    assert seen[0]["slot"] == 12
+
+
 def test_a_node_that_lacks_what_its_tier_holds_does_not_agree() -> None:
     whole, downloading = look(0, {0: (4, b"x"), 1: (5, b"y")}), look(0, {0: (4, b"x")})
     assert [one["agree"] for one in report.compare([whole, downloading]).values()] == [True, False]
