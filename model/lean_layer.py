@@ -116,11 +116,11 @@ class LeanLayer:
         for q_at, kv_at in self._heads(qkv, length):
             places = (q_at, kv_at, kv_at)
             leaves = [z[at].to(self.compute, copy=True).requires_grad_() for z, at in zip(qkv, places, strict=True)]
-            with torch.enable_grad():
-                y_MI = self._mix(leaves, length)
             rows, heads = q_at
             out_ID = self._rows(self.block.self_attn.o_proj, heads.start, heads.stop)
-            deltas = torch.autograd.grad(y_MI, leaves, flow_ND[rows].to(self.compute) @ out_ID.mT)
+            with torch.enable_grad():
+                y_MI = self._mix(leaves, length)
+                deltas = pull(y_MI, leaves, flow_ND[rows].to(self.compute) @ out_ID.mT)
             y_NI[q_at] = y_MI.detach()
             for z, at, delta in zip(qkv, places, deltas, strict=True):
                 z[at] = delta
@@ -194,7 +194,7 @@ class LeanLayer:
             leaves = [(x_MD @ matrix_WD.mT).requires_grad_() for matrix_WD in pre]
             with torch.enable_grad():
                 active_MW = _activate(leaves)
-            deltas = torch.autograd.grad(active_MW, leaves, flow_MD @ down_WD.mT)
+                deltas = pull(active_MW, leaves, flow_MD @ down_WD.mT)
             _add_product(gradients[-1], active_MW.detach().mT, flow_MD)
             for delta_MW, matrix_WD, gradient_WD in zip(deltas, pre, gradients[:-1], strict=True):
                 _add_product(gradient_WD, delta_MW.mT, x_MD)
@@ -234,9 +234,17 @@ def normalise_backward(norm: nn.Module, x_ND: Tensor, back_ND: Tensor, flow_ND: 
         leaf_MD = x_ND[at].float().requires_grad_()
         with torch.enable_grad():
             normed_MD: Tensor = norm(leaf_MD)
-        torch.autograd.backward(normed_MD, back_ND[at])
+            (normed_MD * back_ND[at]).sum().backward()  # type: ignore[no-untyped-call]
         assert leaf_MD.grad is not None
         flow_ND[at] += leaf_MD.grad
+
+
+def pull(out: Tensor, leaves: Sequence[Tensor], flow: Tensor) -> Sequence[Tensor]:
+    """What flows back to `leaves` when `flow` comes to `out`; call it where gradients are enabled.
+
+    Handing `flow` to autograd would import sympy on the first call: 40 MB, and 0.3 s in which no other thread runs.
+    """
+    return torch.autograd.grad((out * flow).sum(), leaves)
 
 
 def chunks(tokens: int) -> Iterator[slice]:

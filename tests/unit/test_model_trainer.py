@@ -30,9 +30,11 @@ def trainer_of(tier: int = 0, peer: bytes = b"peer", settings: TrainSettings = S
     return Trainer(CONFIG, tier, Batches(CORPUS, settings.seed, peer, CONFIG.context, settings.batch), settings)
 
 
-def test_the_first_step_imports_no_computer_algebra() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "lean"])
+def test_the_first_step_imports_no_computer_algebra(precision: str) -> None:
     """Some calls of torch do, and no other thread of a daemon gets anywhere meanwhile."""
-    program = "import sys\nimport test_model_trainer as t\nt.trainer_of().step()\nprint('sympy' in sys.modules)"
+    trainer = f"t.trainer_of(settings=t.TrainSettings(batch=4, precision={precision!r}))"
+    program = f"import sys\nimport test_model_trainer as t\n{trainer}.step()\nprint('sympy' in sys.modules)"
     folder = str(Path(__file__).parent)
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
