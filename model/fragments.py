@@ -60,6 +60,14 @@ class _Tiles(Sequence[Tile]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Tiles):
+            return NotImplemented
+        return self._names == other._names and np.array_equal(self._places, other._places)
+
+    def __hash__(self) -> int:
+        return hash((self._names, self._places.tobytes()))
+
     @overload
     def __getitem__(self, index: int) -> Tile: ...
 

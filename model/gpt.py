@@ -131,7 +131,8 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T] -> [B, T, D]"""
-        return self.settle(F.embedding(tokens_BT, self.embed_tokens.weight).float())
+        x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight)
+        return self.settle(x_BTD.float() if x_BTD.dtype == torch.bfloat16 else x_BTD)
 
     def settle(self, x_BTD: Tensor) -> Tensor:
         """Embeddings as the first layer wants them."""
@@ -206,7 +207,7 @@ class GPT(nn.Module):
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, width: WidthMap = None) -> Tensor:
         """Mean cross-entropy, in nats per token."""
-        if not torch.is_grad_enabled() and self.lm_head is not None and self.lm_head.weight.dtype != torch.float32:
+        if not torch.is_grad_enabled() and self.lm_head is not None and self.lm_head.weight.dtype == torch.bfloat16:
             return self._lean_loss(self.model(tokens_BT, self.layer_widths(width), None), targets_BT)
         logits_BTV: Tensor = self(tokens_BT, width)
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
