@@ -190,11 +190,11 @@ def scatter_add_(params: Mapping[str, Tensor], fragment: Fragment, change: Tenso
     with torch.no_grad():
         for tile, start, stop in fragment.spans():
             part, added = _rectangle(params, tile), change[start:stop].view(tile.rows, tile.cols)
-            if part.dtype == torch.float32:
-                part.add_(added)
-            else:
+            if part.dtype == torch.bfloat16:
                 assert dice is not None, "a bfloat16 weight would lose most changes"
                 round_into_(part, part.float() + added, dice)
+            else:
+                part.add_(added)
 
 
 def _rectangle(params: Mapping[str, Tensor], tile: Tile) -> Tensor:

@@ -27,10 +27,10 @@ from torch import Tensor
 from braniac.model.config import ModelConfig
 from braniac.model.errors import ConfigError, TrainingDiverged
 from braniac.model.gpt import GPT
-from braniac.model.lean_layer import NEURONS_AT_ONCE, LeanLayer, chunks, normalise, normalise_backward, pull
+from braniac.model.lean_layer import NEURONS_AT_ONCE, LeanLayer, chunks, normalise, normalise_backward
 from braniac.model.lean_loss import ROWS_AT_ONCE, TOKENS_AT_ONCE, ChunkedLoss
 from braniac.model.lean_optim import VALUES_AT_ONCE, LeanOptimizer
-from braniac.model.objective import Term
+from braniac.model.objective import Term, pairing
 from braniac.model.tiers import EMBEDDING, HEAD, is_gain, parameter_shapes, tier_width
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -126,7 +126,7 @@ class LeanStep:
                 looked_up_MD = table[tokens_N[at]].float().requires_grad_()
                 with torch.enable_grad():
                     x_MD = self.model.model.settle(looked_up_MD)
-                    (delta_MD,) = pull(x_MD, [looked_up_MD], flow_ND[at].float())
+                    (delta_MD,) = torch.autograd.grad(pairing(x_MD, flow_ND[at].float()), [looked_up_MD])
                 gradient_UD.index_add_(0, place_N[at], delta_MD)
         self.optimizer.update_rows(EMBEDDING, rows_U, gradient_UD)
 

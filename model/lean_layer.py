@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from braniac.model.ffn import activate
 from braniac.model.gpt import Block, Decoder
 from braniac.model.lean_optim import VALUES_AT_ONCE, LeanOptimizer
+from braniac.model.objective import pairing
 from braniac.model.tiers import heads_at
 
 _Place = tuple[slice, slice]
@@ -120,7 +121,7 @@ class LeanLayer:
             out_ID = self._rows(self.block.self_attn.o_proj, heads.start, heads.stop)
             with torch.enable_grad():
                 y_MI = self._mix(leaves, length)
-                deltas = pull(y_MI, leaves, flow_ND[rows].to(self.compute) @ out_ID.mT)
+                deltas = torch.autograd.grad(pairing(y_MI, flow_ND[rows].to(self.compute) @ out_ID.mT), leaves)
             y_NI[q_at] = y_MI.detach()
             for z, at, delta in zip(qkv, places, deltas, strict=True):
                 z[at] = delta
@@ -194,7 +195,7 @@ class LeanLayer:
             leaves = [(x_MD @ matrix_WD.mT).requires_grad_() for matrix_WD in pre]
             with torch.enable_grad():
                 active_MW = _activate(leaves)
-                deltas = pull(active_MW, leaves, flow_MD @ down_WD.mT)
+                deltas = torch.autograd.grad(pairing(active_MW, flow_MD @ down_WD.mT), leaves)
             _add_product(gradients[-1], active_MW.detach().mT, flow_MD)
             for delta_MW, matrix_WD, gradient_WD in zip(deltas, pre, gradients[:-1], strict=True):
                 _add_product(gradient_WD, delta_MW.mT, x_MD)
@@ -233,18 +234,9 @@ def normalise_backward(norm: nn.Module, x_ND: Tensor, back_ND: Tensor, flow_ND: 
     for at in chunks(len(x_ND)):
         leaf_MD = x_ND[at].float().requires_grad_()
         with torch.enable_grad():
-            normed_MD: Tensor = norm(leaf_MD)
-            (normed_MD * back_ND[at]).sum().backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(pairing(norm(leaf_MD), back_ND[at]))
         assert leaf_MD.grad is not None
         flow_ND[at] += leaf_MD.grad
-
-
-def pull(out: Tensor, leaves: Sequence[Tensor], flow: Tensor) -> Sequence[Tensor]:
-    """What flows back to `leaves` when `flow` comes to `out`; call it where gradients are enabled.
-
-    Handing `flow` to autograd would import sympy on the first call: 40 MB, and 0.3 s in which no other thread runs.
-    """
-    return torch.autograd.grad((out * flow).sum(), leaves)
 
 
 def chunks(tokens: int) -> Iterator[slice]:

@@ -201,12 +201,15 @@ def backward(model: GPT, tokens_BT: Tensor, targets_BT: Tensor, terms: list[Term
             else:
                 loss = loss + kl_weight * F.kl_div(log_probs_NV, teacher_NV, log_target=True, reduction="batchmean")
         (term.weight * loss).backward()  # type: ignore[no-untyped-call]
-    # The gradient of this sum is each leaf's own. Handing the gradients to autograd.backward would do too, but that
-    # imports sympy on its first call: 0.3 s in which no other thread of the process gets anywhere.
-    torch.stack([(x_BTD * _gradient(leaf)).sum() for x_BTD, leaf in zip(shared, leaves, strict=True)]).sum().backward()  # type: ignore[no-untyped-call]
+    gradients = [x_BTD.grad for x_BTD in leaves if x_BTD.grad is not None]
+    torch.autograd.backward([pairing(*pair) for pair in zip(shared, gradients, strict=True)])
     return losses
 
 
-def _gradient(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad
+def pairing(output: Tensor, gradient: Tensor) -> Tensor:
+    """A number whose gradient with respect to `output` is `gradient`, to continue a backward pass with.
+
+    Handing gradients to autograd would do too, but on the first such call torch imports sympy: 40 MB, and 0.3 s in
+    which no other thread of the process gets anywhere.
+    """
+    return (output * gradient).sum()

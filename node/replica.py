@@ -229,13 +229,12 @@ class Replica:
         sweep = self.generation % _COLLECT_EVERY == 0
 
         def write() -> int:
-            whole, content = set(self.parts.values()), to_content(saved, protocol)
-            if not self._lean:
+            if self._lean:
+                whole, kept = set(self.parts.values()), saved
+            else:
                 weights, optimizer = save_tensors(self._store, self.config, self.tier, snapshot)
-                whole, content = (
-                    {weights, optimizer},
-                    to_content(replace(saved, weights=weights, optimizer=optimizer), protocol),
-                )
+                whole, kept = {weights, optimizer}, replace(saved, weights=weights, optimizer=optimizer)
+            content = to_content(kept, protocol)
             number = self._store.commit(content, whole | {b for b in blobs if self._store.has(b)})
             if sweep:
                 self._store.collect(self._needed(in_use, edge))

@@ -94,9 +94,11 @@ class Agreement:
         if mine.slot <= now_slot - history.horizon:
             # Too long ago to be repaired by certificates.
             return self._agreed({s: n for s, n in claims.items() if s.slot > mine.slot}, now_slot)
-        if history.applying(fragment):
-            return None
-        return self._judge(mine, self._claims(fragment, self._alike(mine, voices, now_slot, history), now_slot))
+        if _rivals(mine, claims):  # seldom: only then is it worth going through the lists
+            if history.applying(fragment):
+                return None
+            claims = self._claims(fragment, self._alike(mine, voices, now_slot, history), now_slot)
+        return self._judge(mine, claims)
 
     def _agreed(self, claims: dict[FragmentState, int], now_slot: int) -> FragmentState | None:
         """The state to believe: two peers must agree, unless a slot has passed and there is still only one to ask."""
@@ -117,7 +119,7 @@ class Agreement:
 
     def _judge(self, mine: FragmentState, claims: dict[FragmentState, int]) -> FragmentState | None:
         """Compare with those who merged the same last slot."""
-        rivals = {s: n for s, n in claims.items() if s.slot == mine.slot and s.digest != mine.digest}
+        rivals = _rivals(mine, claims)
         if not rivals:
             if mine in claims:
                 self._strikes.pop(mine.fragment, None)
@@ -140,3 +142,8 @@ class Agreement:
             if state is not None and state.slot <= now_slot + 1:
                 claims[state] += 1
         return claims
+
+
+def _rivals(mine: FragmentState, claims: dict[FragmentState, int]) -> dict[FragmentState, int]:
+    """Claims of other bytes after the same last slot."""
+    return {state: n for state, n in claims.items() if state.slot == mine.slot and state.digest != mine.digest}

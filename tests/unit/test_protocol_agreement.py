@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
+import pytest
+
 from braniac.protocol.agreement import Agreement
 from braniac.protocol.events import FragmentLost
 from braniac.protocol.history import History
@@ -180,6 +182,15 @@ def test_a_certificate_that_the_others_lack_explains_their_other_bytes() -> None
     apply_all(case, 0)
     assert suspicions(case, {3: certificates(3), 6: certificates(3, 6)}) == [[], []]
     assert case.agreement.disagreements == 0
+
+
+def test_lists_are_gone_through_only_after_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are long, and this is asked of every fragment after every heartbeat."""
+    case = Case()
+    apply_all(case, 3)
+    monkeypatch.setattr(History, "recent", lambda self, now_slot: pytest.fail("the list was asked for"))
+    monkeypatch.setattr(History, "applying", lambda self, fragment: pytest.fail("the history was gone through"))
+    assert case.review(4, [member(1, state(3, HIGH)), member(2, state(0))]) == []
 
 
 def test_certificates_of_other_fragments_explain_nothing() -> None:

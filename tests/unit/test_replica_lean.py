@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -22,6 +23,8 @@ from braniac.protocol import codec
 from braniac.protocol.messages import FragmentState
 from tests.unit.node_harness import FRAGMENTS, blob_files, make_trainer
 from tests.unit.solo_node import MANIFEST, TABLE, Node
+
+Integers = npt.NDArray[np.int64]
 
 
 @pytest.fixture
@@ -75,8 +78,8 @@ class Killed(Exception):
 @pytest.mark.parametrize("point", ["compressed", "committed", "offered", "merged", "applied", "confirmed"])
 async def test_after_a_crash_each_fragment_is_of_one_moment(tmp_path: Path, point: str) -> None:
     node = Node(tmp_path, precision="lean")
-    moments: list[tuple[dict[int, np.ndarray], dict[int, FragmentState], dict[int, bytes]]] = []  # type: ignore[type-arg]
-    works: dict[int, np.ndarray] = {}  # type: ignore[type-arg]
+    moments: list[tuple[dict[int, Integers], dict[int, FragmentState], dict[int, bytes]]] = []
+    works: dict[int, Integers] = {}
     life: list[str] = []
 
     def reached(name: str) -> None:
