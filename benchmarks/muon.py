@@ -33,7 +33,7 @@ def momentum_like(rows: int, cols: int) -> Tensor:
 WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "matrix, float32": lambda x: orthogonalize(x.float()),
     "matrix, bfloat16": orthogonalize,
-    "Gram matrix, float32": lambda x: torch.cat([rows for _, rows in orthogonal_rows(x)])[None],
+    "Gram matrix, float32": lambda x: torch.cat([rows.clone() for _, rows in orthogonal_rows(x)])[None],
 }
 
 

@@ -17,23 +17,22 @@ chunk.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from braniac.model import lean_layer, lean_loss
 from braniac.model.config import ModelConfig
 from braniac.model.errors import ConfigError, TrainingDiverged
 from braniac.model.gpt import GPT
-from braniac.model.lean_layer import NEURONS_AT_ONCE, LeanLayer, chunks, normalise, normalise_backward
-from braniac.model.lean_loss import ROWS_AT_ONCE, TOKENS_AT_ONCE, ChunkedLoss
-from braniac.model.lean_optim import VALUES_AT_ONCE, LeanOptimizer
+from braniac.model.lean_layer import LeanLayer, chunks, normalise, normalise_backward
+from braniac.model.lean_loss import ChunkedLoss
+from braniac.model.lean_optim import MULTIPLIED_AT_ONCE, LeanOptimizer
+from braniac.model.malloc import give_back_memory, return_large_blocks_at_once
 from braniac.model.objective import Term, pairing
 from braniac.model.tiers import EMBEDDING, HEAD, is_gain, parameter_shapes, tier_width
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def compute_type() -> torch.dtype:
@@ -62,7 +61,7 @@ class LeanStep:
             )
         self.model = model
         self.optimizer = optimizer
-        _return_large_blocks_at_once()
+        return_large_blocks_at_once()
         compute = compute or compute_type()
         softcap = model.config.logit_softcap if model.config.family == "nanogpt" else None
         self._stored = stored
@@ -82,7 +81,7 @@ class LeanStep:
         norm, length, targets_N = self.model.model.norm, tokens_BT.shape[1], targets_BT.flatten()
         kept = [self._forward(tokens_BT, term.widths) for term in terms]  # per term, the input of each layer
         ends = [inputs.pop() for inputs in kept]
-        outputs = [normalise(norm, x_ND) for x_ND in ends]
+        outputs = [normalise(norm, x_ND, self._stored) for x_ND in ends]
         losses, normalisers = self._loss.losses(outputs, targets_N)
         if not all(map(math.isfinite, losses)):
             raise TrainingDiverged(
@@ -97,12 +96,12 @@ class LeanStep:
             normalise_backward(norm, x_ND, back_ND, flow_ND)
         del ends, backs
         for number in reversed(range(len(self._layers))):
-            _give_back_memory()
+            give_back_memory()
             inputs = [of_layers.pop() for of_layers in kept]
             self._layers[number].backward(inputs, flows, length, [term.widths[number] for term in terms])
         self._move_embedding(tokens_BT.flatten(), flows)
         self.optimizer.update_gains()
-        _give_back_memory()
+        give_back_memory()
         self._check_refused()
         return losses
 
@@ -148,30 +147,12 @@ def lean_bytes_needed(config: ModelConfig, tier: int, tokens: int, terms: int) -
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     momentum = sum(size for name, size in sizes.items() if name not in (EMBEDDING, HEAD) and not is_gain(name))
     queries, keys = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
-    chunk, flows = min(tokens, TOKENS_AT_ONCE), terms * tokens * d
+    chunk, flows = min(tokens, lean_layer.TOKENS_AT_ONCE), terms * tokens * d
     matrices = 3 if config.gated else 2
-    rows = min(width, NEURONS_AT_ONCE)
+    rows = min(width, lean_layer.ROWS_AT_ONCE)
     feeding = 12 * flows + 2 * matrices * width * d + 8 * matrices * rows * d + 4 * chunk * (5 * rows + 2 * d)
-    orthogonalising = 4 * flows + 2 * matrices * width * d + 20 * min(width, d) ** 2 + 12 * VALUES_AT_ONCE
+    orthogonalising = 4 * flows + 2 * matrices * width * d + 20 * min(width, d) ** 2 + 12 * MULTIPLIED_AT_ONCE
     attending = 8 * flows + 4 * terms * tokens * (queries + keys) + 14 * queries * d + 20 * min(queries, d) ** 2
-    head = 8 * flows + 8 * min(config.vocab_size, ROWS_AT_ONCE) * (d + 2 * chunk)
+    head = 8 * flows + 8 * min(config.vocab_size, lean_loss.ROWS_AT_ONCE) * (d + 2 * chunk)
     at_once = max(feeding, orthogonalising, attending, head)
     return 2 * sum(sizes.values()) + momentum + momentum // 64 + 2 * config.num_hidden_layers * flows + at_once
-
-
-def _return_large_blocks_at_once() -> None:
-    """For the whole process: blocks of 1 MiB and more get pages of their own, which are gone when they are freed.
-
-    glibc would begin so too, but raises the bound to 32 MB as such blocks are freed, and then the holes that one phase
-    of a step leaves do not fit the next one's blocks (docs/LOG.md has figures).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have other habits
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def _give_back_memory() -> None:
-    """The same for the holes that smaller blocks have left."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

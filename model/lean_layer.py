@@ -7,10 +7,12 @@ Nothing is kept from forward to backward: the caller keeps the layer's input, an
 * Hidden neurons do not talk to each other, so the FFN goes by blocks of neurons: a block's activations, its rows of the
   matrices and their gradients are all that is there in float32.
 * Activations rest in bfloat16; norms are computed in float32, matmuls in `compute`.
+* Where `compute` is wider than the weights, they are widened a block at a time, always into the same room: fresh pages
+  for each block cost a fifth of the step, because the kernel must clear them.
 Only activation functions, norms and the attention itself are differentiated by autograd, a piece at a time.
 
 Shape legend: N = tokens of all windows, D = hidden size, I and J = width of all heads' queries and of all key-value
-heads, W = neurons in a block, M = tokens in a chunk.
+heads, R = rows in a block, W = the same of neurons, M = tokens in a chunk.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ from torch import Tensor, nn
 
 from braniac.model.ffn import activate
 from braniac.model.gpt import Block, Decoder
-from braniac.model.lean_optim import VALUES_AT_ONCE, LeanOptimizer
+from braniac.model.lean_optim import LeanOptimizer
 from braniac.model.objective import pairing
+from braniac.model.rounding import widened
 from braniac.model.tiers import heads_at
 
 _Place = tuple[slice, slice]
 
-NEURONS_AT_ONCE = 512
+ROWS_AT_ONCE = 512
+"""Rows of a matrix, such as neurons, that are widened or have a gradient at once."""
 TOKENS_AT_ONCE = 512
+ATTENDED_AT_ONCE = 1 << 18
+"""Queries' values that attention sees at once; it makes a dozen temporaries of that size."""
 
 
 class LeanLayer:
@@ -52,36 +58,50 @@ class LeanLayer:
 
     def forward(self, x_ND: Tensor, length: int, width: int) -> Tensor:
         """[N, D] -> [N, D], for windows of `length` tokens and an FFN of `width` neurons."""
-        return self._feed(self._attend(x_ND, length, self._kv_heads(width)), width)
+        middle_ND, _ = self._attend(x_ND, length, self._kv_heads(width))
+        return self._feed(middle_ND, width)
 
     def backward(self, inputs: Sequence[Tensor], flows: list[Tensor], length: int, widths: Sequence[int]) -> None:
         """Move the layer's matrices, and take `flows` [N, D] in place from its output back to its input.
 
         All three sequences have one entry for each width that the step trains.
         """
-        kv_heads = [self._kv_heads(width) for width in widths]
-        middles = [self._attend(x_ND, length, heads) for x_ND, heads in zip(inputs, kv_heads, strict=True)]
+        attended = [
+            self._attend(x_ND, length, self._kv_heads(width)) for x_ND, width in zip(inputs, widths, strict=True)
+        ]
+        middles, projected = [middle_ND for middle_ND, _ in attended], [qkv for _, qkv in attended]
+        del attended
         self._feed_backward(middles, flows, widths)
         del middles
-        self._attend_backward(inputs, flows, length, kv_heads)
+        self._attend_backward(inputs, projected, flows, length)
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
-    def _attend(self, x_ND: Tensor, length: int, kv_heads: int) -> Tensor:
-        """The first half: [N, D] -> [N, D]"""
-        qkv = self._project(normalise(self.block.input_layernorm, x_ND), kv_heads)
-        y_NI = torch.empty_like(qkv[0])
+    def _attend(self, x_ND: Tensor, length: int, kv_heads: int) -> tuple[Tensor, list[Tensor]]:
+        """The first half: [N, D] -> [N, D], and the queries [N, I], keys and values [N, J] on the way."""
+        attention = self.block.self_attn
+        normed_ND = normalise(self.block.input_layernorm, x_ND, self.compute)
+        kv_rows = kv_heads * attention.head_dim
+        rows = (kv_rows * attention.group, kv_rows, kv_rows)
+        qkv = [self._project(normed_ND, matrix, count) for matrix, count in zip(self.qkv, rows, strict=True)]
+        del normed_ND
+        middle_ND = x_ND.to(torch.float32, copy=True)
+        y_NI = torch.empty(qkv[0].shape, dtype=self.compute)
         for q_at, kv_at in self._heads(qkv, length):
             leaves = [z[at].to(self.compute) for z, at in zip(qkv, (q_at, kv_at, kv_at), strict=True)]
             y_NI[q_at] = self._mix(leaves, length)
-        return self._times(y_NI, self._rows(self.block.self_attn.o_proj, 0, y_NI.shape[1]), plus=x_ND)
+        for at, weight_RD in self._blocks(attention.o_proj, y_NI.shape[1]):
+            for tokens in chunks(len(y_NI)):
+                _add_product(middle_ND[tokens], y_NI[tokens, at], weight_RD)
+        return middle_ND.to(self.stored), qkv
 
-    def _project(self, normed_ND: Tensor, kv_heads: int) -> list[Tensor]:
-        """Queries [N, I], keys and values [N, J]."""
-        attention = self.block.self_attn
-        kv_rows = kv_heads * attention.head_dim
-        rows = (kv_rows * attention.group, kv_rows, kv_rows)
-        return [self._times(normed_ND, self._rows(m, 0, count).mT) for m, count in zip(self.qkv, rows, strict=True)]
+    def _project(self, normed_ND: Tensor, matrix: nn.Module, rows: int) -> Tensor:
+        """By the first rows of a matrix: [N, D] -> [N, rows]"""
+        out_NR = torch.empty(len(normed_ND), rows, dtype=self.stored)
+        for at, weight_RD in self._blocks(matrix, rows):
+            for tokens in chunks(len(normed_ND)):
+                out_NR[tokens, at] = normed_ND[tokens] @ weight_RD.mT
+        return out_NR
 
     def _mix(self, qkv: Sequence[Tensor], length: int) -> Tensor:
         """What some heads read in some whole windows: [M, I] from queries [M, I], keys and values [M, J]."""
@@ -90,24 +110,22 @@ class LeanLayer:
         return self.block.self_attn.mix(q_BTI, k_BTJ, v_BTJ, cos_TK, sin_TK).flatten(0, 1)
 
     def _attend_backward(
-        self, inputs: Sequence[Tensor], flows: list[Tensor], length: int, kv_heads: Sequence[int]
+        self, inputs: Sequence[Tensor], projected: Sequence[list[Tensor]], flows: list[Tensor], length: int
     ) -> None:
-        norm = self.block.input_layernorm
-        normed = [normalise(norm, x_ND) for x_ND in inputs]
-        projected, mixed = [], []
-        for x_ND, flow_ND, heads in zip(normed, flows, kv_heads, strict=True):
-            qkv = self._project(x_ND, heads)
-            mixed.append(self._mix_backward(qkv, flow_ND, length))
-            projected.append(qkv)  # now their gradients
+        """Takes `projected`, the queries, keys and values of each input, and leaves their gradients there."""
+        mixed = [self._mix_backward(qkv, flow_ND, length) for qkv, flow_ND in zip(projected, flows, strict=True)]
         self._move(self.o_name, list(zip(mixed, flows, strict=True)))
         del mixed
+        norm = self.block.input_layernorm
         for x_ND, flow_ND, deltas in zip(inputs, flows, projected, strict=True):
             back_ND = torch.zeros(x_ND.shape)
             for matrix, delta_NI in zip(self.qkv, deltas, strict=True):
-                weight_ID = self._rows(matrix, 0, delta_NI.shape[1])
-                for at in chunks(len(x_ND)):
-                    _add_product(back_ND[at], delta_NI[at].to(self.compute), weight_ID)
+                for at, weight_RD in self._blocks(matrix, delta_NI.shape[1]):
+                    for tokens in chunks(len(x_ND)):
+                        _add_product(back_ND[tokens], delta_NI[tokens, at].to(self.compute), weight_RD)
             normalise_backward(norm, x_ND, back_ND, flow_ND)
+        del back_ND
+        normed = [normalise(norm, x_ND, self.compute) for x_ND in inputs]
         for number, name in enumerate(self.qkv_names):
             self._move(name, [(deltas[number], x_ND) for deltas, x_ND in zip(projected, normed, strict=True)])
 
@@ -118,7 +136,7 @@ class LeanLayer:
             places = (q_at, kv_at, kv_at)
             leaves = [z[at].to(self.compute, copy=True).requires_grad_() for z, at in zip(qkv, places, strict=True)]
             rows, heads = q_at
-            out_ID = self._rows(self.block.self_attn.o_proj, heads.start, heads.stop)
+            out_ID = self.block.self_attn.o_proj.weight.detach()[heads].to(self.compute)
             with torch.enable_grad():
                 y_MI = self._mix(leaves, length)
                 deltas = torch.autograd.grad(pairing(y_MI, flow_ND[rows].to(self.compute) @ out_ID.mT), leaves)
@@ -130,7 +148,7 @@ class LeanLayer:
     def _heads(self, qkv: Sequence[Tensor], length: int) -> Iterator[tuple[_Place, _Place]]:
         """Heads do not talk to each other, nor windows: places of a few of both in queries, and in keys and values."""
         attention, tokens = self.block.self_attn, max(1, TOKENS_AT_ONCE // length) * length
-        at_once = max(1, VALUES_AT_ONCE // (tokens * attention.head_dim * attention.group)) * attention.head_dim
+        at_once = max(1, ATTENDED_AT_ONCE // (tokens * attention.head_dim * attention.group)) * attention.head_dim
         for first, last in _pieces(len(qkv[0]), tokens):
             for start, stop in _pieces(qkv[1].shape[1], at_once):
                 rows, group = slice(first, last), attention.group
@@ -139,46 +157,48 @@ class LeanLayer:
     def _move(self, name: str, products: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Step of a matrix whose gradient is the sum of a^T b over pairs of a [N, rows] and b [N, D]."""
         rows = max(a_NI.shape[1] for a_NI, _ in products)
-        gradient_ID = torch.zeros(rows, products[0][1].shape[1])
-        for a_NI, b_ND in products:
-            for at in chunks(len(a_NI)):
-                _add_product(gradient_ID[: a_NI.shape[1]], a_NI[at].to(self.compute).mT, b_ND[at].to(self.compute))
         direction = self.optimizer.direction(name, rows)
-        self.optimizer.add_gradient(direction, 0, gradient_ID)
-        del gradient_ID
+        room_RD = torch.empty(min(rows, ROWS_AT_ONCE), products[0][1].shape[1])
+        for start, stop in _pieces(rows, ROWS_AT_ONCE):
+            gradient_RD = room_RD[: stop - start].zero_()
+            for a_NI, b_ND in products:
+                a_NR = a_NI[:, start:stop]
+                for at in chunks(len(a_NR)):
+                    part_RD = gradient_RD[: a_NR.shape[1]]
+                    _add_product(part_RD, a_NR[at].to(self.compute).mT, b_ND[at].to(self.compute))
+            self.optimizer.add_gradient(direction, start, gradient_RD)
+        del room_RD, gradient_RD, part_RD
         self.optimizer.apply(direction)
 
     # --- feed-forward ------------------------------------------------------------------------------------------------
 
     def _feed(self, middle_ND: Tensor, width: int) -> Tensor:
         """The second half: [N, D] -> [N, D]"""
-        normed_ND = normalise(self.block.post_attention_layernorm, middle_ND)
-        total_ND = middle_ND.float()
-        for start, stop in _pieces(width, NEURONS_AT_ONCE):
-            *pre, down_WD = (self._rows(matrix, start, stop) for matrix in self.ffn)
+        normed_ND = normalise(self.block.post_attention_layernorm, middle_ND, self.compute)
+        total_ND = middle_ND.to(torch.float32, copy=True)
+        for _, (*pre, down_WD) in self._neurons(width):
             for at in chunks(len(total_ND)):
-                x_MD = normed_ND[at].to(self.compute)
-                _add_product(total_ND[at], _activate([x_MD @ matrix_WD.mT for matrix_WD in pre]), down_WD)
+                _add_product(total_ND[at], _activate([normed_ND[at] @ matrix_WD.mT for matrix_WD in pre]), down_WD)
         return total_ND.to(self.stored)
 
     def _feed_backward(self, middles: Sequence[Tensor], flows: list[Tensor], widths: Sequence[int]) -> None:
-        norm, optimizer, d = self.block.post_attention_layernorm, self.optimizer, middles[0].shape[1]
-        directions = [optimizer.direction(name, max(widths)) for name in self.ffn_names]
-        normed = [normalise(norm, middle_ND) for middle_ND in middles]
+        norm, optimizer, widest = self.block.post_attention_layernorm, self.optimizer, max(widths)
+        directions = [optimizer.direction(name, widest) for name in self.ffn_names]
+        normed = [normalise(norm, middle_ND, self.compute) for middle_ND in middles]
         backs = [torch.zeros(x_ND.shape) for x_ND in normed]
-        for start, stop in _pieces(max(widths), NEURONS_AT_ONCE):
-            weights = [self._rows(matrix, start, stop) for matrix in self.ffn]
-            gradients = [torch.zeros(stop - start, d) for _ in weights]
+        rooms = [torch.empty(min(widest, ROWS_AT_ONCE), backs[0].shape[1]) for _ in directions]
+        for at, weights in self._neurons(widest):
+            gradients = [room_WD[: at.stop - at.start].zero_() for room_WD in rooms]
             for x_ND, flow_ND, back_ND, width in zip(normed, flows, backs, widths, strict=True):
-                if (used := min(width, stop) - start) > 0:
+                if (used := min(width, at.stop) - at.start) > 0:
                     some = [w[:used] for w in weights], [g[:used] for g in gradients]
                     self._neurons_backward(*some, x_ND, flow_ND, back_ND)
             for direction, gradient_WD in zip(directions, gradients, strict=True):
-                optimizer.add_gradient(direction, start, gradient_WD)
-        del normed, weights, gradients
+                optimizer.add_gradient(direction, at.start, gradient_WD)
+        del normed, weights, rooms, gradients, some, gradient_WD
         for middle_ND, back_ND, flow_ND in zip(middles, backs, flows, strict=True):
             normalise_backward(norm, middle_ND, back_ND, flow_ND)
-        del backs
+        del backs, back_ND
         while directions:
             optimizer.apply(directions.pop())
 
@@ -191,7 +211,7 @@ class LeanLayer:
         """
         *pre, down_WD = weights
         for at in chunks(len(x_ND)):
-            x_MD, flow_MD = x_ND[at].to(self.compute), flow_ND[at].to(self.compute)
+            x_MD, flow_MD = x_ND[at], flow_ND[at].to(self.compute)
             leaves = [(x_MD @ matrix_WD.mT).requires_grad_() for matrix_WD in pre]
             with torch.enable_grad():
                 active_MW = _activate(leaves)
@@ -203,27 +223,24 @@ class LeanLayer:
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
-    def _times(self, x_NI: Tensor, matrix_IO: Tensor, plus: Tensor | None = None) -> Tensor:
-        """x @ matrix (+ plus), [N, O], rounded only in the end."""
-        out_NO = torch.empty(len(x_NI), matrix_IO.shape[1], dtype=self.stored)
-        for at in chunks(len(x_NI)):
-            product_MO = x_NI[at].to(self.compute) @ matrix_IO
-            out_NO[at] = product_MO if plus is None else plus[at].to(self.compute) + product_MO
-        return out_NO
+    def _neurons(self, width: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Blocks of the FFN's matrices, each with its place, ready to be multiplied."""
+        for blocks in zip(*(self._blocks(matrix, width) for matrix in self.ffn), strict=True):
+            yield blocks[0][0], [weight_WD for _, weight_WD in blocks]
 
-    def _rows(self, matrix: nn.Module, start: int, stop: int) -> Tensor:
-        """Rows of a module's weight, ready to be multiplied."""
+    def _blocks(self, matrix: nn.Module, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of the first rows of a module's weight, each with its place, ready to be multiplied."""
         weight = matrix.weight
         assert isinstance(weight, Tensor)
-        return weight.detach()[start:stop].to(self.compute)
+        return widened(weight.detach()[:rows], ROWS_AT_ONCE, self.compute)
 
     def _kv_heads(self, width: int) -> int:
         return heads_at(self.decoder.config, width)
 
 
-def normalise(norm: nn.Module, x_ND: Tensor) -> Tensor:
-    """A norm of [N, D], computed in float32."""
-    out_ND = torch.empty_like(x_ND)
+def normalise(norm: nn.Module, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """A norm of [N, D], computed in float32, as `dtype`."""
+    out_ND = torch.empty(x_ND.shape, dtype=dtype)
     for at in chunks(len(x_ND)):
         out_ND[at] = norm(x_ND[at].float())
     return out_ND

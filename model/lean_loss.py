@@ -12,12 +12,14 @@ Shape legend: N = tokens, D = hidden size, V = rows of the head in a block, M = 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-ROWS_AT_ONCE = 1024
+from braniac.model.rounding import widened
+
+ROWS_AT_ONCE = 512
 TOKENS_AT_ONCE = 512
 
 
@@ -34,9 +36,9 @@ class ChunkedLoss:
         """Mean loss of each output [N, D], nats per token, and the normalisers [N] that `gradients` needs."""
         normalisers = [torch.full((len(targets_N),), -math.inf) for _ in outputs]
         picked = [torch.zeros(len(targets_N)) for _ in outputs]
-        for row0, head_VD in self._blocks():
+        for rows, head_VD in widened(self._head, ROWS_AT_ONCE, self._compute):
             for at in _chunks(len(targets_N)):
-                column_M = targets_N[at] - row0
+                column_M = targets_N[at] - rows.start
                 inside_M = (column_M >= 0) & (column_M < len(head_VD))
                 for output_ND, normaliser_N, picked_N in zip(outputs, normalisers, picked, strict=True):
                     logits_MV = self._logits(output_ND[at], head_VD)
@@ -59,8 +61,9 @@ class ChunkedLoss:
         `update_head` gets the finished gradient of each block of the head, float32 [V, D].
         """
         flows = [torch.zeros(output_ND.shape) for output_ND in outputs]
-        for row0, head_VD in self._blocks():
-            gradient_VD = torch.zeros(head_VD.shape)
+        room_VD = torch.empty(min(len(self._head), ROWS_AT_ONCE), self._head.shape[1])
+        for rows, head_VD in widened(self._head, ROWS_AT_ONCE, self._compute):
+            gradient_VD = room_VD[: len(head_VD)].zero_()
             for at in _chunks(len(targets_N)):
                 teacher_MV = None
                 for number, output_ND in enumerate(outputs):
@@ -74,7 +77,7 @@ class ChunkedLoss:
                     delta_MV = probs_MV.mul_(1 + pull)
                     if pull and teacher_MV is not None:
                         delta_MV.sub_(teacher_MV, alpha=pull)
-                    column_M = targets_N[at] - row0
+                    column_M = targets_N[at] - rows.start
                     inside_M = torch.nonzero((column_M >= 0) & (column_M < len(head_VD))).squeeze(1)
                     delta_MV[inside_M, column_M[inside_M]] -= 1
                     delta_MV.mul_(weights[number] / len(targets_N))
@@ -83,13 +86,8 @@ class ChunkedLoss:
                     narrow_MV = delta_MV.to(self._compute)
                     flows[number][at] += narrow_MV @ head_VD
                     gradient_VD += narrow_MV.mT @ output_ND[at].to(self._compute)
-            update_head(slice(row0, row0 + len(head_VD)), gradient_VD)
+            update_head(rows, gradient_VD)
         return flows
-
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The head in blocks of rows [V, D], with the number of the first."""
-        for row0 in range(0, len(self._head), ROWS_AT_ONCE):
-            yield row0, self._head[row0 : row0 + ROWS_AT_ONCE].to(self._compute)
 
     def _logits(self, output_MD: Tensor, head_VD: Tensor) -> Tensor:
         logits_MV = (output_MD.to(self._compute) @ head_VD.mT).float()

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from braniac.model.config import ModelConfig
+from braniac.model.malloc import give_back_memory
 from braniac.model.muon import add_gram_, gram_polar, mirror_, width_scale
 from braniac.model.optim import ADAM_BETAS, ADAM_EPSILON, MOMENTUM, copy_checked, map_rows
-from braniac.model.rounding import Dice, Int8Matrix, round_into_
+from braniac.model.rounding import Dice, Int8Matrix, round_into_, widened
 from braniac.model.tiers import EMBEDDING, HEAD, is_gain
 
-VALUES_AT_ONCE = 1 << 19
-"""Values of a matrix that are in float32 at once: temporaries of whole matrices would be the peak of the process."""
+VALUES_AT_ONCE = 1 << 17
+"""Values of a matrix that are in float32 at once: a few temporaries of that size stay in the processor's cache."""
+MULTIPLIED_AT_ONCE = 1 << 20
+"""The same where they are multiplied by a matrix, which pays only for many rows."""
 
 
 class Direction:
@@ -86,10 +89,8 @@ class LeanOptimizer:
             direction.is_finite = False
             return
         momentum = self.momentum[direction.name]
-        at_once = max(1, VALUES_AT_ONCE // gradient.shape[1])
-        for part in range(0, len(gradient), at_once):
-            piece = gradient[part : part + at_once]
-            first, last = start + part, start + part + len(piece)
+        for part in row_slices(gradient, VALUES_AT_ONCE):
+            piece, first, last = gradient[part], start + part.start, start + part.stop
             mean = momentum.read(first, last).lerp_(piece, 1 - MOMENTUM)
             direction.values[first:last] = piece.lerp(mean, MOMENTUM)
             momentum.write(first, mean, self._dice)
@@ -100,13 +101,15 @@ class LeanOptimizer:
         if not direction.is_finite:
             self.refused.append(name)
             return
+        give_back_memory()
         rows = map_rows(self.config, name, len(values))
         lr = self.learning_rate * self._lr_scale
         step = lr * width_scale(name, rows, values.shape[1])
         for first, turned in orthogonal_rows(values.view(-1, rows, values.shape[1])):
-            target = self.params[name][first : first + len(turned)]
-            moved = turned.mul_(-step).add_(target, alpha=1 - lr * self.weight_decay)
-            round_into_(target, moved, self._dice)
+            for part in row_slices(turned, VALUES_AT_ONCE):
+                target = self.params[name][first + part.start : first + part.stop]
+                moved = turned[part].mul_(-step).add_(target, alpha=1 - lr * self.weight_decay)
+                round_into_(target, moved, self._dice)
 
     # --- tables: one second moment per row ---------------------------------------------------------------------------
 
@@ -115,6 +118,11 @@ class LeanOptimizer:
         if not math.isfinite(gradient.sum().item()):
             self.refused.append(name)
             return
+        for part in row_slices(gradient, VALUES_AT_ONCE):
+            place = slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
+            self._update_some_rows(name, place, gradient[part])
+
+    def _update_some_rows(self, name: str, rows: slice | Tensor, gradient: Tensor) -> None:
         beta, second, steps = ADAM_BETAS[1], self.row_second[name], self.row_steps[name]
         steps[rows] += 1
         second[rows] = second[rows].lerp(gradient.square().mean(1), 1 - beta)
@@ -164,21 +172,31 @@ class LeanOptimizer:
 
 
 def orthogonal_rows(maps: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Orthogonalise stacked maps bfloat16 [n, rows, cols]: their rows in pieces, with the number of the first row."""
+    """Orthogonalise stacked maps bfloat16 [n, rows, cols]: their rows in pieces, with the number of the first row.
+
+    A piece is the caller's until the next is asked for.
+    """
     count, rows, cols = maps.shape
     if count == 1 and rows >= cols:
-        at_once = max(1, VALUES_AT_ONCE // cols)
-        pieces = [maps[0, first : first + at_once] for first in range(0, rows, at_once)]
+        at_once = max(1, MULTIPLIED_AT_ONCE // cols)
         gram_NN = torch.zeros(cols, cols)
-        for piece in pieces:
-            add_gram_(gram_NN, piece.float())
+        for _, piece_RC in widened(maps[0], at_once, torch.float32):
+            add_gram_(gram_NN, piece_RC)
         mirror_(gram_NN)
         q_NN = gram_polar(gram_NN[None])[0]
-        for number, piece in enumerate(pieces):
-            yield number * at_once, piece.float() @ q_NN
+        room_RC = torch.empty(min(rows, at_once), cols)
+        for at, piece_RC in widened(maps[0], at_once, torch.float32):
+            yield at.start, torch.mm(piece_RC, q_NN, out=room_RC[: len(piece_RC)])
         return
     assert rows <= cols, "stacked maps are attention's heads, none of which is wider than the model"
-    at_once = max(1, VALUES_AT_ONCE // (rows * cols))
+    at_once = max(1, MULTIPLIED_AT_ONCE // (rows * cols))
     for first in range(0, count, at_once):
         wide_BRC = maps[first : first + at_once].float()
         yield first * rows, (gram_polar(wide_BRC @ wide_BRC.mT) @ wide_BRC).flatten(0, 1)
+
+
+def row_slices(matrix: Tensor, values: int) -> Iterator[slice]:
+    """Rows of a matrix, so many at a time that there are about `values` values in them."""
+    at_once = max(1, values // matrix.shape[1])
+    for start in range(0, len(matrix), at_once):
+        yield slice(start, min(start + at_once, len(matrix)))

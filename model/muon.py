@@ -45,24 +45,24 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def gram_polar(gram_BNN: Tensor) -> Tensor:
     """Factors Q [B, N, N] such that Q X is what `orthogonalize` makes of X, from X X^T, float32 [B, N, N].
 
-    Destroys its argument. For X^T X, the result is X Q. It takes room for three more such matrices.
+    Destroys its argument. For X^T X, the result is X Q. It takes room for two more such matrices and a quarter of one.
     """
     squared_norm_B11 = gram_BNN.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     scale_B11 = 1 / (squared_norm_B11.clamp_min(0).sqrt() * SAFETY + _TINY)
-    r, p, q, spare = gram_BNN.mul_(scale_B11.square()), *(torch.empty_like(gram_BNN) for _ in range(3))
+    r, p, q = gram_BNN.mul_(scale_B11.square()), torch.empty_like(gram_BNN), torch.empty_like(gram_BNN)
     for step, (a, b, c) in enumerate(POLAR_EXPRESS):
         # X becomes P X, hence its Gram matrix P R P. All are polynomials of one matrix: symmetric, in any order.
-        _symmetric_product(r, r, p)
+        p.copy_(r)
+        _multiply_(r, p)
         p.mul_(c / SAFETY**5).add_(r, alpha=b / SAFETY**3)
         p.diagonal(dim1=-2, dim2=-1).add_(a / SAFETY)
         if step == 0:
             q.copy_(p)
         else:
-            _symmetric_product(p, q, spare)
-            q, spare = spare, q
+            _multiply_(p, q)
         if step < len(POLAR_EXPRESS) - 1:
-            _symmetric_product(p, r, spare)
-            _symmetric_product(spare, p, r)
+            _multiply_(p, r)
+            _multiply_(p, r)
     return q.mul_(scale_B11)
 
 
@@ -78,15 +78,15 @@ def mirror_(matrix_NN: Tensor) -> None:
         matrix_NN[at.stop :, at] = matrix_NN[at, at.stop :].mT
 
 
-def _symmetric_product(a_BNN: Tensor, b_BNN: Tensor, out_BNN: Tensor) -> None:
-    """out = a @ b for a result that is symmetric: 5/8 of the work, if the matrices are large enough to matter."""
+def _multiply_(a_BNN: Tensor, b_BNN: Tensor) -> None:
+    """b becomes a @ b, which is symmetric as both are: 5/8 of the work, if the matrices are large enough to matter."""
     if a_BNN.shape[-1] < _LARGE:
-        torch.bmm(a_BNN, b_BNN, out=out_BNN)
+        b_BNN.copy_(torch.bmm(a_BNN, b_BNN))
         return
-    for a_NN, b_NN, out_NN in zip(a_BNN, b_BNN, out_BNN, strict=True):
-        for at in _blocks(len(out_NN)):
-            torch.mm(a_NN[at], b_NN[:, at.start :], out=out_NN[at, at.start :])
-        mirror_(out_NN)
+    for a_NN, b_NN in zip(a_BNN, b_BNN, strict=True):
+        for at in _blocks(len(b_NN)):  # columns of the product need no other columns of b
+            b_NN[: at.stop, at] = a_NN[: at.stop] @ b_NN[:, at]
+        mirror_(b_NN)
 
 
 def _blocks(size: int) -> list[slice]:

@@ -11,6 +11,8 @@ The chance is a seeded generator's, and whoever uses it seeds it anew for each s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -69,3 +71,15 @@ class Int8Matrix:
         codes = runs * (127 / largest.clamp_min(1e-30))[:, :, None]
         codes.add_(dice.noise(codes.shape), alpha=2.0**-16).add_(0.5).floor_().clamp_(-127, 127)
         self.codes[start:stop] = codes.view_as(values)
+
+
+def widened(matrix: Tensor, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of so many rows of a matrix, each with its place, as `dtype`.
+
+    A block is there until the next is asked for, because all are widened into the same room: fresh pages for each would
+    cost more than the widening.
+    """
+    room = torch.empty(0 if matrix.dtype == dtype else min(rows, len(matrix)), matrix.shape[1], dtype=dtype)
+    for start in range(0, len(matrix), rows):
+        block = matrix[start : start + rows]
+        yield slice(start, start + len(block)), block if len(room) == 0 else room[: len(block)].copy_(block)

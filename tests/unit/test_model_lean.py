@@ -67,7 +67,7 @@ def random_model(config: ModelConfig, tier: int) -> GPT:
 
 @pytest.mark.parametrize(("config", "tier"), [(NANO, 0), (NANO, 2), (LLAMA, 0), (NESTED, 0)])
 def test_its_gradients_are_those_of_autograd(config: ModelConfig, tier: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean_layer, "NEURONS_AT_ONCE", 48)
+    monkeypatch.setattr(lean_layer, "ROWS_AT_ONCE", 48)
     monkeypatch.setattr(lean_layer, "TOKENS_AT_ONCE", 40)
     monkeypatch.setattr(lean_loss, "ROWS_AT_ONCE", 100)
     monkeypatch.setattr(lean_loss, "TOKENS_AT_ONCE", 24)

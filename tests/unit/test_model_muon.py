@@ -37,12 +37,19 @@ def test_a_spectrum_beyond_float32_does_not_explode() -> None:
     assert not gram_polar(torch.zeros(1, 4, 4)).isnan().any()
 
 
+def test_large_products_by_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = matrices((2, 50, 70), decades=1)
+    expected = gram_polar(x @ x.mT)
+    monkeypatch.setattr("braniac.model.muon._LARGE", 16)
+    assert torch.allclose(gram_polar(x @ x.mT), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_pieces_it_is_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     maps = matrices(shape, decades=1).bfloat16()
     expected = orthogonalize(maps.float()).flatten(0, 1)
-    monkeypatch.setattr("braniac.model.lean_optim.VALUES_AT_ONCE", 1024)
-    pieces = list(orthogonal_rows(maps))
+    monkeypatch.setattr("braniac.model.lean_optim.MULTIPLIED_AT_ONCE", 1024)
+    pieces = [(first, piece.clone()) for first, piece in orthogonal_rows(maps)]
     assert len(pieces) > 1 or shape == (1, 24, 24)
     assert [first for first, _ in pieces] == [sum(len(p) for _, p in pieces[:n]) for n in range(len(pieces))]
     assert torch.allclose(torch.cat([piece for _, piece in pieces]), expected, atol=1e-3)
