@@ -20,6 +20,9 @@ FAMILIES = ("nanogpt", "llama")
 Precision = Literal["fp32", "lean"]
 """How a model is trained: everything in float32, or in a fraction of the memory (see lean.py)."""
 
+Device = Literal["auto", "cpu", "cuda"]
+"""Where a model is trained: auto takes a GPU if torch sees one."""
+
 # Upper bounds keep a hostile manifest from asking for absurd tables before anybody counts its parameters.
 _INTEGER_BOUNDS = {
     "hidden_size": (2, 1 << 16),

@@ -16,9 +16,9 @@ def held_out_loss(model: GPT, windows: tuple[Tensor, Tensor], width: WidthMap = 
     """Mean cross-entropy over (tokens, targets), each int64 [N, T], in nats per token: per byte for byte-level text."""
     tokens, targets = windows
     assert len(tokens) > 0, "no windows to evaluate"
-    total = 0.0
+    total, device = 0.0, model.model.embed_tokens.weight.device
     batch = max(1, min(EVALUATION_BATCH, EVALUATION_TOKENS // tokens.shape[1]))
     with torch.no_grad():
         for x, y in zip(torch.split(tokens, batch), torch.split(targets, batch), strict=True):
-            total += model.loss(x, y, width).item() * len(x)
+            total += model.loss(x.to(device), y.to(device), width).item() * len(x)
     return total / len(tokens)

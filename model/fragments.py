@@ -189,7 +189,8 @@ def scatter_add_(params: Mapping[str, Tensor], fragment: Fragment, change: Tenso
     assert change.shape == (fragment.size,), f"{tuple(change.shape)} for a fragment of {fragment.size}"
     with torch.no_grad():
         for tile, start, stop in fragment.spans():
-            part, added = _rectangle(params, tile), change[start:stop].view(tile.rows, tile.cols)
+            part = _rectangle(params, tile)
+            added = change[start:stop].view(tile.rows, tile.cols).to(part.device)
             if part.dtype == torch.bfloat16:
                 assert dice is not None, "a bfloat16 weight would lose most changes"
                 round_into_(part, part.float() + added, dice)

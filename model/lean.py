@@ -35,9 +35,13 @@ from braniac.model.objective import Term, pairing
 from braniac.model.tiers import EMBEDDING, HEAD, is_gain, parameter_shapes, tier_width
 
 
-def compute_type() -> torch.dtype:
-    """What matmuls are done in: bfloat16 if this processor multiplies it natively, else float32."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+def compute_type(device: torch.device | None = None) -> torch.dtype:
+    """What matmuls are done in: bfloat16 if the device, this processor if not given, does so natively, else float32."""
+    if device is not None and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 class LeanStep:
@@ -62,7 +66,7 @@ class LeanStep:
         self.model = model
         self.optimizer = optimizer
         return_large_blocks_at_once()
-        compute = compute or compute_type()
+        compute = compute or compute_type(model.lm_head.weight.device)
         softcap = model.config.logit_softcap if model.config.family == "nanogpt" else None
         self._stored = stored
         self._loss = ChunkedLoss(model.lm_head.weight.detach(), softcap, compute)

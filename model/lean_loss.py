@@ -34,8 +34,8 @@ class ChunkedLoss:
 
     def losses(self, outputs: Sequence[Tensor], targets_N: Tensor) -> tuple[list[float], list[Tensor]]:
         """Mean loss of each output [N, D], nats per token, and the normalisers [N] that `gradients` needs."""
-        normalisers = [torch.full((len(targets_N),), -math.inf) for _ in outputs]
-        picked = [torch.zeros(len(targets_N)) for _ in outputs]
+        normalisers = [torch.full(targets_N.shape, -math.inf, device=targets_N.device) for _ in outputs]
+        picked = [torch.zeros(targets_N.shape, device=targets_N.device) for _ in outputs]
         for rows, head_VD in widened(self._head, ROWS_AT_ONCE, self._compute):
             for at in _chunks(len(targets_N)):
                 column_M = targets_N[at] - rows.start

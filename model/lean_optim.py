@@ -67,7 +67,7 @@ class LeanOptimizer:
         self.second = {name: torch.zeros_like(p) for name, p in self.gains.items()}
         self.steps = torch.zeros((), dtype=torch.int64)
         self.refused: list[str] = []
-        self._dice = Dice()
+        self._dice = Dice(device=next(iter(params.values())).device)
         self._lr_scale = 0.0
 
     def begin(self, lr_scale: float, seed: int) -> None:

@@ -23,8 +23,9 @@ _HALF, _UPPER_16 = 1 << 15, -1 << 16
 class Dice:
     """Uniform 16-bit noise, the same for the same seed."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int = 0, device: torch.device | None = None) -> None:
+        """For tensors on `device`, the processor's if not given; other devices throw other dice."""
+        self._generator = torch.Generator(device or "cpu").manual_seed(seed)
 
     def seed(self, seed: int) -> None:
         """Begin anew, from a whole number below 2**64."""
@@ -33,7 +34,8 @@ class Dice:
     def noise(self, shape: torch.Size) -> Tensor:
         """int16 `shape`, uniform on all 65536 values."""
         count = shape.numel()
-        words = torch.empty(-(-count // 4), dtype=torch.int64)  # four numbers for the price of one
+        # Four numbers for the price of one.
+        words = torch.empty(-(-count // 4), dtype=torch.int64, device=self._generator.device)
         words.random_(-(1 << 63), None, generator=self._generator)
         return words.view(torch.int16)[:count].view(shape)
 
@@ -79,7 +81,8 @@ def widened(matrix: Tensor, rows: int, dtype: torch.dtype) -> Iterator[tuple[sli
     A block is there until the next is asked for, because all are widened into the same room: fresh pages for each would
     cost more than the widening.
     """
-    room = torch.empty(0 if matrix.dtype == dtype else min(rows, len(matrix)), matrix.shape[1], dtype=dtype)
+    room_rows = 0 if matrix.dtype == dtype else min(rows, len(matrix))
+    room = torch.empty(room_rows, matrix.shape[1], dtype=dtype, device=matrix.device)
     for start in range(0, len(matrix), rows):
         block = matrix[start : start + rows]
-        yield slice(start, start + len(block)), block if len(room) == 0 else room[: len(block)].copy_(block)
+        yield slice(start, start + len(block)), block if room_rows == 0 else room[: len(block)].copy_(block)

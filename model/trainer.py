@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from braniac.model.config import ModelConfig, Precision
+from braniac.model.config import Device, ModelConfig, Precision
 from braniac.model.data import Batches, keyed_bits
 from braniac.model.errors import CheckpointError, ConfigError, TrainingDiverged
 from braniac.model.fragments import Fragment, gather, scatter_, scatter_add_
@@ -72,6 +73,9 @@ class TrainSettings:
     precision: Precision = "fp32"
     """fp32: everything in float32; lean: bfloat16 weights, 8-bit momentum, a layer at a time (see lean.py)."""
 
+    device: Device = "cpu"
+    """cpu, cuda, or auto for a GPU if there is one; there, matmuls of fp32 are autocast to bfloat16."""
+
     seed: int = 0
     """The run's seed: initial weights, and with the peer id all random choices."""
 
@@ -83,6 +87,8 @@ class TrainSettings:
             raise ConfigError(
                 f"train.precision is {self.precision!r}: it must be one of {', '.join(get_args(Precision))}."
             )
+        if self.device not in get_args(Device):
+            raise ConfigError(f"train.device is {self.device!r}: it must be one of {', '.join(get_args(Device))}.")
 
     def lr_scale(self, step: int) -> float:
         """What step number `step` multiplies both learning rates by."""
@@ -116,21 +122,31 @@ class Trainer:
         self.batches = batches
         self.settings = settings
         self.step_count = 0
-        lean = settings.precision == "lean"
-        self.model = GPT(config, tier, dtype=torch.bfloat16 if lean else torch.float32)
+        self.device = choose_device(settings.device)
+        with self._on_device():
+            self._build()
+        self.objective = Objective(settings.objective, config, tier, settings.seed, batches.peer)
+
+    def _build(self) -> None:
+        """The tensors: weights and the optimizer's memory."""
+        settings, lean = self.settings, self.settings.precision == "lean"
+        self.model = GPT(self.config, self.tier, dtype=torch.bfloat16 if lean else torch.float32)
         self.model.init_weights(settings.seed)
         self.model.model.checkpoint_layers = settings.checkpoint_layers
         self.params = dict(self.model.named_parameters())
         self.optimizer: Optimizer | LeanOptimizer = (LeanOptimizer if lean else Optimizer)(
             self.params,
-            config,
+            self.config,
             learning_rate=settings.learning_rate,
             adam_learning_rate=settings.adam_learning_rate,
             weight_decay=settings.weight_decay,
         )
-        self._dice = Dice()
+        self._dice = Dice(device=self.device)
         self._lean_step = LeanStep(self.model, self.optimizer) if isinstance(self.optimizer, LeanOptimizer) else None
-        self.objective = Objective(settings.objective, config, tier, settings.seed, batches.peer)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Within it, tensors that are made without naming a device are made on this trainer's."""
+        return nullcontext() if self.device.type == "cpu" else self.device
 
     def step(self) -> StepResult:
         """One update, from a forward and backward pass at each width of the step.
@@ -139,10 +155,11 @@ class Trainer:
         (Lean training does not see all gradients before the first update: see `LeanStep.run`.)
         """
         terms = self.objective.terms(self.step_count)
-        tokens, targets = self.batches.batch(self.step_count)
+        tokens, targets = (part.to(self.device) for part in self.batches.batch(self.step_count))
         widths = tuple(map(max, zip(*(term.widths for term in terms), strict=True)))
         update = self._update if self._lean_step is None else self._update_lean
-        losses = update(tokens, targets, terms, widths)
+        with self._on_device():
+            losses = update(tokens, targets, terms, widths)
         self.step_count += 1
         return StepResult(losses[0], tokens.numel(), widths, tuple(losses))
 
@@ -154,7 +171,8 @@ class Trainer:
     def _update(self, tokens: Tensor, targets: Tensor, terms: list[Term], widths: tuple[int, ...]) -> list[float]:
         assert isinstance(self.optimizer, Optimizer)
         self.model.zero_grad()
-        losses = backward(self.model, tokens, targets, terms, self.settings.objective.kl_weight)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
+            losses = backward(self.model, tokens, targets, terms, self.settings.objective.kl_weight)
         if not all(map(math.isfinite, losses)) or not self._gradient_is_finite():
             raise TrainingDiverged(
                 f"the loss or its gradient is not finite at step {self.step_count} (loss {losses[0]:g}): "
@@ -210,7 +228,8 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Copies of all weights and of the optimizer's memory, and the counters: all that resuming needs."""
-        return {name: tensor.detach().clone() for name, tensor in self._tensors().items()}, {"step": self.step_count}
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()}
+        return copies, {"step": self.step_count}
 
     def load_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int]) -> None:
         """Inverse of `state`, all or nothing. Raises CheckpointError for a state of another model or tier."""
@@ -223,6 +242,16 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         optimizer = {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
         return {**self.params, **optimizer}
+
+
+def choose_device(device: Device) -> torch.device:
+    """The device meant. Raises ConfigError if it is not there."""
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ConfigError(
+            "train.device is cuda, but torch sees no GPU: install a CUDA build of torch, or set auto or cpu."
+        )
+    return torch.device("cuda" if found and device != "cpu" else "cpu")
 
 
 def default_precision(config: ModelConfig) -> Precision:

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from braniac.model.config import Precision
+from braniac.model.config import Device, Precision
 from braniac.node import schedule
 from braniac.protocol.limits import FRAGMENTS_MAX, TILE_SIZE_MAX
 
@@ -146,6 +146,8 @@ class TrainSection(Section):
     """Step size of the inner optimizer; not set: the run's own."""
     precision: Precision | None = None
     """fp32, or lean: bfloat16 weights and a fraction of the memory; not set: lean from 100 million parameters on."""
+    device: Device = "auto"
+    """cpu, cuda, or auto for a GPU if torch sees one."""
     threads: int = Field(default=1, ge=1, le=256)
     """CPU threads for training."""
     nice: int = Field(default=5, ge=0, le=19)

@@ -78,6 +78,7 @@ def train_settings(train: TrainSection, manifest: Manifest) -> TrainSettings:
         weight_decay=optimizer.weight_decay,
         batch=train.batch,
         precision=train.precision or default_precision(ModelConfig.from_dict(dict(manifest.model))),
+        device=train.device,
         seed=manifest.seed,
     )
 

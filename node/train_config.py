@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from braniac.model.config import PRESETS, ModelConfig, Precision
+from braniac.model.config import PRESETS, Device, ModelConfig, Precision
 from braniac.model.objective import Mode, ObjectiveSettings
 from braniac.model.trainer import TrainSettings, default_precision
 from braniac.node.config import DataSection, Preset, Root, Section, UserPath
@@ -132,6 +132,8 @@ class TrainSection(Section):
     """fp32, or lean: bfloat16 weights and a fraction of the memory; not set: lean from 100 million parameters on."""
     seed: int = Field(default=_TRAIN.seed, ge=0, lt=1 << 63)
     """Decides the first weights, the order of the text and all random choices."""
+    device: Device = "auto"
+    """cpu, cuda, or auto for a GPU if torch sees one."""
     threads: int | None = Field(default=None, ge=1, le=256)
     """CPU threads; not set: torch's own choice."""
     checkpoint_layers: bool = _TRAIN.checkpoint_layers
@@ -181,6 +183,7 @@ class TrainConfig(Root):
             **self.optimizer.model_dump(),
             batch=train.batch,
             precision=train.precision or default_precision(model),
+            device=train.device,
             total_steps=self.steps(model),
             objective=ObjectiveSettings(**self.objective.model_dump()),
             checkpoint_layers=train.checkpoint_layers,
