@@ -166,6 +166,11 @@ class LeanOptimizer:
             | {"steps": self.steps}
         )
 
+    def forget(self) -> None:
+        """Begin anew: all memory is zero, as at first."""
+        for tensor in self.state_tensors().values():
+            tensor.zero_()
+
     def load_state_tensors(self, saved: Mapping[str, Tensor]) -> None:
         """Copy `saved` in, all or nothing. Raises CheckpointError if names, shapes, types or values do not fit."""
         copy_checked(self.state_tensors(), saved)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -64,6 +64,8 @@ class DataPath:
         self._bar: DownloadBar | None = None
         self._took_part = False
         """Whether it has trained in this life, so that a fragment downloaded now costs own work."""
+        self._disowned: set[bytes] = set()
+        """Offers whose work is not in the weights any more."""
         self._hurry = asyncio.Event()
         """Set when the node leaves: nothing waits for a full disk any more."""
 
@@ -207,6 +209,9 @@ class DataPath:
         """Compress the uncommitted work on the fragment that is due, make it durable, offer it."""
         if slot < self._engine.slot - limits.PROPOSAL_OPEN_SLOTS or fragment not in self._replica.anchors:
             return
+        if self._replica.trainer.progress.stalled:
+            await self._start_over()
+            return
         with self._status.phase("compress"):
             prepared = await self._replica.compress(fragment)
             self._replica.pin(prepared.digest, slot)
@@ -215,6 +220,14 @@ class DataPath:
         self._engine.offer(slot, prepared.digest, prepared.size, prepared.tokens)
         self._engine.blob_fetched(prepared.digest, True, self._node.swarm_clock.now())
         self._status.offered(slot, prepared.size)
+
+    async def _start_over(self) -> None:
+        """Training went wrong: nothing is offered, and the weights go back to what the swarm agreed on."""
+        log.error("the loss is not finite or jumped, going back to the agreed weights")
+        await self._replica.start_over()
+        self._disowned = set().union(*map(self._engine.history.disown, self._replica.anchors))
+        self._status.forfeit("diverged")
+        self._node.metrics.divergences.labels("loss").inc()
 
     # --- merge -------------------------------------------------------------------------------------------------------
 
@@ -263,6 +276,8 @@ class DataPath:
         """Apply a certificate: the anchor moves, the weights follow, own work that was taken is subtracted."""
         if update.fragment not in self._engine.history.last:
             return  # the fragment was lost meanwhile: the update is in what is downloaded, or comes again
+        if update.acknowledged in self._disowned:
+            update = replace(update, acknowledged=None)
         with self._status.phase("apply"):
             try:
                 state = await self._replica.apply(update)

@@ -163,7 +163,6 @@ class Replica:
         settlement, digest = await asyncio.to_thread(settle)
         change = bridge.weight_change(settlement, cut.size)
         await self.trainer.call(lambda trainer: trainer.rebase(cut, change))
-        await self.trainer.call(lambda trainer: self.trainer.resume_after_change())
         before = self.anchors[index]
         self.pin(before.digest, verdict.slot)  # somebody may be downloading it
         self._former.append(before.digest)
@@ -187,7 +186,16 @@ class Replica:
         self.anchors[state.fragment] = state
         self.parts.pop(state.fragment, None)
         self._moved.discard(state.fragment)
-        await self.trainer.call(lambda trainer: self.trainer.resume_after_change())
+
+    async def start_over(self) -> None:
+        """Set all weights to their anchors; own work that was not merged is gone. Raises BlobMissing."""
+        for index in sorted(self.anchors):
+            cut = self._fragments[index]
+            weights = bridge.to_weights(await asyncio.to_thread(self.anchor, index))
+            await self.trainer.call(functools.partial(_load, cut, weights))
+            self.parts.pop(index, None)
+            self._moved.discard(index)
+        await self.trainer.call(lambda trainer: self.trainer.start_over())
 
     async def commit(
         self,
@@ -282,6 +290,10 @@ class Replica:
 
 def _read(fragment: Fragment, trainer: Trainer) -> torch.Tensor:
     return trainer.read(fragment)
+
+
+def _load(fragment: Fragment, weights: torch.Tensor, trainer: Trainer) -> None:
+    trainer.load_fragment(fragment, weights)
 
 
 def clipped(update: UpdateDue, me: PeerId) -> bool:

@@ -108,7 +108,8 @@ class Status:
         metrics.tokens_merged.set(self.engine.history.contributions.of(self.engine.me).tokens)
         if progress.loss is not None:
             metrics.loss.labels("train").set(progress.loss)
-        self.trouble("training", "the loss is not finite, waiting for better weights" if progress.stalled else "")
+        ruined = "the loss is not finite or jumped, going back to the agreed weights"
+        self.trouble("training", ruined if progress.stalled else "")
         self.trouble("peers", self._lonely())
         if metrics.state in ("training", "degraded"):
             metrics.set_state("degraded" if self.reason() else "training")

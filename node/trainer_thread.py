@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
@@ -26,7 +26,9 @@ from braniac.node.clock import Clock
 log = structlog.get_logger(__name__)
 
 _Result = TypeVar("_Result")
-_DIVERGED_MAX = 16  # failed steps in a row before training stops and waits for better weights
+_DIVERGED_MAX = 16  # steps in a row without a finite loss, until the weights are given up
+_JUMPED_MAX = 8  # the same for full-width steps whose loss lies far above the running mean
+_JUMP_NATS = 1.0
 _SMOOTHING = 0.05  # of a new step in the running loss and speed
 
 
@@ -42,7 +44,7 @@ class Progress:
     diverged: int = 0
     """Steps given up because the loss was not finite."""
     stalled: bool = False
-    """Too many of those in a row: no training until the weights change."""
+    """Too many losses in a row were not finite, or far above the mean: no training until `start_over`."""
 
 
 class TrainerThread:
@@ -73,7 +75,8 @@ class TrainerThread:
         self._idle_per_busy = (100.0 - duty_percent) / duty_percent
         self._jobs = jobs or queue.SimpleQueue()
         self._training = threading.Event()
-        self._failures_in_a_row = 0
+        self._diverged_in_a_row = 0
+        self._jumped_in_a_row = 0
         self._died: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="trainer")
 
@@ -167,31 +170,34 @@ class TrainerThread:
         except TrainingDiverged as error:
             log.warning("skipped a batch", reason=str(error))
             self._trainer.step_count += 1  # the same batch would fail again
-            self._failures_in_a_row += 1
-            stalled = self._failures_in_a_row >= _DIVERGED_MAX
+            self._diverged_in_a_row += 1
+            stalled = self._diverged_in_a_row >= _DIVERGED_MAX
             self.progress = Progress(
                 before.steps, before.tokens, before.loss, 0.0, before.diverged + 1, stalled=stalled
             )
             return
-        self._failures_in_a_row = 0
+        self._diverged_in_a_row = 0
         speed = result.tokens / max(1e-9, (self._clock.monotonic() - began) * (1 + self._idle_per_busy))
         loss = before.loss
         if result.widths == self._trainer.model.neurons:
-            loss = result.loss if loss is None else loss + _SMOOTHING * (result.loss - loss)
+            jumped = loss is not None and result.loss > loss + _JUMP_NATS
+            self._jumped_in_a_row = self._jumped_in_a_row + 1 if jumped else 0
+            if not jumped:  # what may be a sign of ruin is not what to compare with
+                loss = result.loss if loss is None else loss + _SMOOTHING * (result.loss - loss)
         self.progress = Progress(
             self._trainer.step_count,
             before.tokens + result.tokens,
             loss,
             speed if before.tokens_per_s == 0 else before.tokens_per_s + _SMOOTHING * (speed - before.tokens_per_s),
             before.diverged,
+            stalled=self._jumped_in_a_row >= _JUMPED_MAX,
         )
 
-    def resume_after_change(self) -> None:
-        """The weights changed from outside: a stalled trainer tries again. Call it from a job."""
-        if self.progress.stalled:
-            p = self.progress
-            self._failures_in_a_row = 0
-            self.progress = Progress(p.steps, p.tokens, p.loss, p.tokens_per_s, p.diverged)
+    def start_over(self) -> None:
+        """Good weights were loaded: train on, without what the optimizer remembers. Call it from a job."""
+        self._trainer.optimizer.forget()
+        self._diverged_in_a_row = self._jumped_in_a_row = 0
+        self.progress = replace(self.progress, loss=None, stalled=False)
 
 
 def _nothing() -> None:

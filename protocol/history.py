@@ -131,11 +131,22 @@ class History:
         self.floor[fragment] = self.last[fragment] = slot
         for at, entry in self._entries.items():
             if entry.certificate.verdict.fragment == fragment:
-                entry.handed, entry.acknowledged = at <= slot, None
+                entry.handed = at <= slot
         kept = {s: e for s, e in self._confirmed.items() if e.certificate.verdict.fragment != fragment}
         self._confirmed = kept
-        # The weights were reset to the anchor, so nothing of what was offered is left in them to subtract.
+        self.disown(fragment)
+
+    def disown(self, fragment: int) -> set[bytes]:
+        """The weights were reset to the anchor: nothing of what was offered is left in them to subtract.
+
+        Digests of what was offered, of which updates that are on their way may still say that it is to be subtracted.
+        """
+        offered = {d for s, d in self.offers.items() if self._manifest.fragment_of(s) == fragment}
         self.offers = {s: d for s, d in self.offers.items() if self._manifest.fragment_of(s) != fragment}
+        for entry in (*self._entries.values(), *self._confirmed.values()):
+            if entry.certificate.verdict.fragment == fragment:
+                entry.acknowledged = None
+        return offered
 
     def lose(self, fragment: int) -> None:
         """The fragment's anchor is not to be trusted until it is restored."""

@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from braniac.node import datapath
+from braniac.model.trainer import Trainer
+from braniac.node import bridge, datapath
 from braniac.node.checkpoint import from_generation
 from braniac.node.clock import FakeClock, SwarmClock
 from braniac.node.config import NetworkSection, NodeConfig, StateSection
@@ -23,7 +26,7 @@ from braniac.node.store import DiskFull
 from braniac.protocol import events, limits
 from braniac.protocol.messages import FragmentState
 from tests.unit.node_harness import until
-from tests.unit.solo_node import ME, Node
+from tests.unit.solo_node import ME, TABLE, Node
 
 
 class Lone:
@@ -163,3 +166,33 @@ async def test_nothing_is_applied_while_a_generation_is_made(lone: Lone, monkeyp
     go_on.set()
     await saving
     assert log == ["saved", "applying"]
+
+
+async def test_ruined_weights_are_not_offered_but_set_back_to_the_anchors(lone: Lone) -> None:
+    node = lone.node
+    await node.step(2)
+    first = lone.due()
+    waiting = await lone.certify(first)  # its update is on its way when training goes wrong
+    offers = len(node.engine.history.offers)
+    await node.thread.call(_ruin)
+    node.thread.train()
+    await until(lambda: node.thread.progress.stalled)
+    node.thread.pause()
+    second = lone.due()
+    lone.path.put(second)
+    await lone.path.finish()
+    assert not node.thread.progress.stalled
+    assert len(node.engine.history.offers) <= offers
+    assert lone.metrics.registry.get_sample_value("braniac_forfeited_total", {"reason": "diverged"}) == 1
+    assert lone.metrics.registry.get_sample_value("braniac_divergences_total", {"kind": "loss"}) == 1
+    lone.path.put(waiting)
+    await lone.path.finish()
+    for fragment in TABLE:  # nothing of the work that was given up is subtracted
+        weights = await node.thread.call(lambda trainer, f=fragment: trainer.read(f))
+        assert np.array_equal(bridge.to_fixed_point(weights), node.replica.anchor(fragment.index))
+
+
+def _ruin(trainer: Trainer) -> None:
+    with torch.no_grad():
+        for parameter in trainer.params.values():
+            parameter.fill_(float("nan"))

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ async def test_a_batch_that_diverges_is_skipped(
     assert not thread.progress.stalled
 
 
-async def test_it_stalls_on_bad_weights_and_goes_on_when_they_change(trainer: Trainer, thread: TrainerThread) -> None:
+async def test_it_stalls_on_bad_weights_until_good_ones_are_there(trainer: Trainer, thread: TrainerThread) -> None:
     fragments = fragment_table(CONFIG, FRAGMENTS)
     good = {f.index: trainer.read(f) for f in fragments}
     with torch.no_grad():  # what no certificate can do: weights that make every loss infinite
@@ -137,11 +138,43 @@ async def test_it_stalls_on_bad_weights_and_goes_on_when_they_change(trainer: Tr
     assert thread.progress.diverged == failed  # it waits, and still answers
     for fragment in fragments:
         await thread.call(lambda trainer, f=fragment: trainer.load_fragment(f, good[f.index]))
-    await thread.call(lambda trainer: thread.resume_after_change())
-    thread.train()
+    await thread.call(lambda trainer: thread.start_over())
     steps = thread.progress.steps
     await steps_reach(thread, steps + 1)
     assert not thread.progress.stalled
+    assert thread.progress.diverged == failed
+
+
+async def test_it_stalls_when_the_loss_has_jumped_and_stays_there(
+    trainer: Trainer, thread: TrainerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = trainer.step
+    spikes = {*range(20, 27), *range(40, 60)}  # seven in a row are bad luck, eight are a pattern
+
+    def jump() -> StepResult:
+        result = step()
+        loss = 9.0 if trainer.step_count in spikes else 5.0
+        return replace(result, loss=loss, widths=trainer.model.neurons)
+
+    monkeypatch.setattr(trainer, "step", jump)
+    thread.train()
+    async with asyncio.timeout(PATIENCE_S):
+        while not thread.progress.stalled:
+            await thread.call(lambda trainer: None)
+    assert thread.progress.steps == 47
+    assert thread.progress.loss == pytest.approx(5.0)
+    assert thread.progress.diverged == 0
+    await thread.call(lambda trainer: thread.start_over())
+    await steps_reach(thread, 70)  # what the loss is now is what it is compared with
+    assert not thread.progress.stalled
+
+
+async def test_starting_over_forgets_the_optimizer(trainer: Trainer, thread: TrainerThread) -> None:
+    thread.train()
+    await steps_reach(thread, 2)
+    thread.pause()
+    await thread.call(lambda trainer: thread.start_over())
+    assert not any(tensor.any() for tensor in trainer.optimizer.state_tensors().values())
 
 
 async def test_stop_ends_the_thread_and_with_it_the_wait(thread: TrainerThread) -> None:
