@@ -7,14 +7,22 @@ FLOPs per token and parameter that is multiplied, and attention; not the recompu
 includes. It compares CPU seconds with those of a matrix product, which others on the machine disturb least;
 `tokens_per_s` is by the clock on the wall. The JSON object is the last line on stdout.
 
+With `--limit-gib` all that runs in a memory cgroup of its own, of version 1 or 2, which only root may make; the kernel
+kills it if it needs more. `growth` is by how much memory after the last step exceeds that after the
+20th, relative to it.
+
     python benchmarks/memory.py --preset nano-1b --tier 0 --json
+    python benchmarks/memory.py --preset small --precision lean --tokens 256 --steps 200 --json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -42,6 +50,8 @@ from braniac.protocol.merge import Contribution, merge
 
 GIB = 1 << 30
 LOOK_EVERY_S = 0.02
+CGROUPS = Path("/sys/fs/cgroup")
+SETTLED_STEPS = 20
 LEAN_METHODS = ("add_gradient", "apply", "update_rows")
 
 
@@ -49,6 +59,33 @@ def status_bytes(key: str) -> int:
     """A figure of this process from the kernel."""
     with open("/proc/self/status") as status:
         return int(next(line for line in status if line.startswith(key + ":")).split()[1]) * 1024
+
+
+def run_limited(arguments: list[str], limit_gib: float) -> dict[str, object]:
+    """This benchmark in a fresh process in a cgroup of its own, swap included. Exits with a sentence if that fails."""
+    old = (CGROUPS / "memory").is_dir()
+    group = CGROUPS / ("memory" if old else "") / f"braniac-memory-{os.getpid()}"
+    limits = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"] if old else ["memory.max", "memory.swap.max"]
+    try:
+        group.mkdir()
+        for name, limit in zip(limits, (round(limit_gib * GIB), round(limit_gib * GIB) if old else 0), strict=True):
+            if (group / name).exists():  # swap is not always accounted for
+                (group / name).write_text(str(limit))
+    except OSError as error:
+        sys.exit(f"--limit-gib needs a memory cgroup, which cannot be made here ({error}): run it as root, or without.")
+    try:
+        join = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'  # from its first page on
+        command = ["sh", "-c", join, "sh", sys.executable, __file__, *arguments, "--json"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        peak = int((group / ("memory.max_usage_in_bytes" if old else "memory.peak")).read_text())
+    finally:
+        group.rmdir()
+    if done.returncode:
+        sys.exit(
+            f"it ended with {done.returncode} (-9: the kernel killed it) after {peak / GIB:.3f} of {limit_gib} GiB."
+        )
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return result | {"limit_gib": limit_gib, "cgroup_peak_gib": peak / GIB}
 
 
 class AnonymousPeak:
@@ -206,6 +243,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         "estimate_gib": memory_bytes_needed(config, options.tier, settings) / GIB,
         "before_training_gib": ready_bytes / GIB,
         "after_steps_gib": [after / GIB for after in after_bytes],
+        "growth": after_bytes[-1] / after_bytes[SETTLED_STEPS - 1] - 1 if options.steps > SETTLED_STEPS else None,
         "losses": losses,
     }
 
@@ -219,11 +257,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=0, help="tokens in a window; default: the preset's")
     parser.add_argument("--fragments", type=int, default=0, help="default: the preset's")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--limit-gib", type=float, default=0.0, help="run in a memory cgroup of this size")
     parser.add_argument("--threads", type=int, default=1, help="as a node's default")
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = run(options)
+    alone = [*sys.argv[1:], "--limit-gib", "0"]
+    result = run_limited(alone, options.limit_gib) if options.limit_gib else run(options)
     if not options.json:
         for key, value in result.items():
             print(f"{key:24}{value}")
