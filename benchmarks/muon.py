@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from braniac.model.lean_optim import orthogonal_rows
-from braniac.model.muon import orthogonalize
+from braniac.model.muon import iterate
 
 
 def momentum_like(rows: int, cols: int) -> Tensor:
@@ -30,9 +30,13 @@ def momentum_like(rows: int, cols: int) -> Tensor:
     return ((left * torch.logspace(0, -3, inner)) @ right)[None].bfloat16()
 
 
+def plain(x: Tensor) -> Tensor:
+    return iterate(x.mT).mT if x.shape[-2] > x.shape[-1] else iterate(x)
+
+
 WAYS: dict[str, Callable[[Tensor], Tensor]] = {
-    "matrix, float32": lambda x: orthogonalize(x.float()),
-    "matrix, bfloat16": orthogonalize,
+    "matrix, float32": lambda x: plain(x.float()),
+    "matrix, bfloat16": plain,
     "Gram matrix, float32": lambda x: torch.cat([rows.clone() for _, rows in orthogonal_rows(x)])[None],
 }
 
@@ -48,7 +52,7 @@ def main() -> None:
     for shape in options.shapes.split(","):
         rows, cols = map(int, shape.split("x"))
         x = momentum_like(rows, cols)
-        exact = orthogonalize(x.double())
+        exact = plain(x.double())
         ways = {name: way for name, way in WAYS.items() if not options.skip or options.skip not in name}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         errors = {}
