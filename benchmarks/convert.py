@@ -23,13 +23,13 @@ from braniac.model.config import PRESETS
 from braniac.model.convert import KINDS, ConversionReport, report
 from braniac.model.data import Batches
 from braniac.model.objective import ObjectiveSettings
-from braniac.model.sources import TextSource
 from braniac.model.trainer import Trainer, TrainSettings
+from braniac.node.text import default_text
 
 
 def run(options: argparse.Namespace) -> ConversionReport:
     config = PRESETS[options.preset]
-    corpus = TextSource().load(config.vocab_size)
+    corpus = default_text().load(config.vocab_size)
 
     def batches(purpose: str, batch: int) -> Batches:
         return Batches(corpus, options.seed, purpose.encode(), config.context, batch)

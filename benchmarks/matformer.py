@@ -39,10 +39,11 @@ from braniac.model.evaluate import held_out_loss
 from braniac.model.gpt import GPT
 from braniac.model.mixnmatch import Sensitivities, Windows, controls, evaluate_maps, sensitivities
 from braniac.model.objective import ObjectiveSettings
-from braniac.model.sources import Corpus, TextSource
+from braniac.model.sources import Corpus
 from braniac.model.speculative import SpeculationStats, speculate
 from braniac.model.tiers import parameter_count, tier_width, tier_widths
 from braniac.model.trainer import Trainer, TrainSettings
+from braniac.node.text import default_text
 
 NAMES = ("joint", "tier0", "tier1", "tier2", "tier3")
 HELD_OUT_WINDOWS = 256
@@ -74,7 +75,7 @@ def main() -> None:
         options.preset, options.steps, options.out = "tiny", 200, options.out / "quick"
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    corpus = TextSource().load(PRESETS[options.preset].vocab_size)
+    corpus = default_text().load(PRESETS[options.preset].vocab_size)
     if options.train:
         for name in NAMES[1:] if options.train == "separate" else (options.train,):
             trained(name, options, corpus)

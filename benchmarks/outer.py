@@ -19,10 +19,11 @@ from braniac.model.data import Batches
 from braniac.model.evaluate import held_out_loss
 from braniac.model.fragments import Fragment, fragment_table, scatter_
 from braniac.model.gpt import GPT
-from braniac.model.sources import Corpus, TextSource
+from braniac.model.sources import Corpus
 from braniac.model.tiers import tier_width
 from braniac.model.trainer import Trainer, TrainSettings
 from braniac.node import bridge
+from braniac.node.text import default_text
 from braniac.protocol import codec, ledger
 from braniac.protocol.bitpack import Int32Array
 from braniac.protocol.codec import CodecRules
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         down=CodecRules(options.down, options.down_bits),
         merge=MergeRules(step_q16=round(options.step * 65536), coverage_halves=options.coverage),
     )
-    corpus = TextSource().load(config.vocab_size)
+    corpus = default_text().load(config.vocab_size)
     settings = TrainSettings(seed=options.seed)
     trainers = [
         Trainer(config, tier, Batches(corpus, options.seed, i.peer_id, config.context, settings.batch), settings)

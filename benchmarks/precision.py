@@ -19,9 +19,9 @@ import torch
 from braniac.model.config import PRESETS, Precision
 from braniac.model.data import Batches
 from braniac.model.evaluate import held_out_loss
-from braniac.model.sources import TextSource
 from braniac.model.tiers import tier_widths
 from braniac.model.trainer import Trainer, TrainSettings
+from braniac.node.text import default_text
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config, corpus = PRESETS[options.preset], TextSource().load(PRESETS[options.preset].vocab_size)
+    config, corpus = PRESETS[options.preset], default_text().load(PRESETS[options.preset].vocab_size)
     losses: dict[str, dict[str, list[float]]] = {name: {"whole": [], "smallest": []} for name in get_args(Precision)}
     seconds = dict.fromkeys(losses, 0.0)
     for seed in range(options.seeds):

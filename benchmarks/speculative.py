@@ -37,10 +37,10 @@ from braniac.model.decoding import generate
 from braniac.model.gpt import GPT
 from braniac.model.objective import ObjectiveSettings
 from braniac.model.reader import Reader
-from braniac.model.sources import TextSource
 from braniac.model.speculative import SpeculationStats, speculate
 from braniac.model.tiers import tier_widths
 from braniac.model.trainer import Trainer, TrainSettings
+from braniac.node.text import default_text
 
 BLOCKS = (2, 3, 4, 6, 8)
 PLAIN_EVERY = 4  # settings between two runs of plain decoding
@@ -78,7 +78,7 @@ def main() -> None:
     else:
         model = loaded(options.checkpoint) if options.checkpoint else trained(options)
         config = model.config
-        corpus = TextSource().load(config.vocab_size)
+        corpus = default_text().load(config.vocab_size)
         windows, _ = Batches(corpus, options.seed, b"evaluation", config.context, 1).held_out(options.prompts)
         result = compare(
             model,
@@ -105,7 +105,9 @@ def trained(options: argparse.Namespace) -> GPT:
     """A model whose widths were all trained in every step."""
     config = PRESETS[options.preset]
     settings = TrainSettings(total_steps=options.steps, seed=options.seed, objective=ObjectiveSettings(mode="joint"))
-    batches = Batches(TextSource().load(config.vocab_size), options.seed, b"benchmark", config.context, settings.batch)
+    batches = Batches(
+        default_text().load(config.vocab_size), options.seed, b"benchmark", config.context, settings.batch
+    )
     trainer = Trainer(config, 0, batches, settings)
     for _ in range(options.steps):
         trainer.step()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from braniac.model.errors import DataError
-from braniac.model.sources import Corpus, Tokens
+from braniac.model.shards import Tokens
+from braniac.model.sources import Corpus
 
 
 def keyed_bits(purpose: str, seed: int, peer: bytes, step: int, count: int) -> npt.NDArray[np.uint64]:
@@ -69,6 +70,7 @@ class Batches:
             which = int(np.searchsorted(starts, place, side="right"))
             begin = place - (starts[which - 1] if which else 0)
             row[:] = arrays[which][begin : begin + self.context + 1]
+        self.corpus.release()
         windows = torch.from_numpy(rows)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 

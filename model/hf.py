@@ -26,6 +26,7 @@ from braniac.model.slicing import MAX_TIER, Slice, infer
 from braniac.model.tier_folders import COMMON_FILES, Strategy, resolve, tier_folder, write_folder, write_manifest
 from braniac.model.tier_manifest import read_manifest
 from braniac.model.tiers import EMBEDDING, HEAD, check_width, is_input_major, shapes_at, tier_width, tier_widths
+from braniac.model.tokenizer import Tokenizer
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,15 +61,16 @@ def save_folder(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 1 << 30,
     source: Path | None = None,
+    tokenizer: Tokenizer | None = None,
     beside: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the first `width` FFN neurons of each layer, or all that the model holds, as a folder of their own.
 
-    `source` is the folder the model came from: its token ids and tokenizer files go along. `beside` are further files,
-    by name, that appear with the others or not at all. Raises ConfigError for a width that the model has not or that
-    Hugging Face cannot express; CheckpointError for weights that are not finite in `dtype` (float32, bfloat16 or
-    float16) and for a target that exists or cannot be written.
+    `source` is the folder the model came from: its token ids and tokenizer files go along; so do those of `tokenizer`.
+    `beside` are further files, by name, that appear with the others or not at all. Raises ConfigError for a width that
+    the model has not or that Hugging Face cannot express; CheckpointError for weights that are not finite in `dtype`
+    (float32, bfloat16 or float16) and for a target that exists or cannot be written.
     """
     assert dtype in _DTYPES, f"{dtype} is none of {_DTYPES}"
     widths = model.held_widths(width)
@@ -76,6 +78,9 @@ def save_folder(
     files: dict[str, Callable[[], bytes]] = {
         name: functools.partial(bytes, data) for name, data in (beside or {}).items()
     }
+    if tokenizer is not None and tokenizer.files:
+        document |= {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
+        files |= {name: functools.partial(bytes, data) for name, data in tokenizer.files.items()}
     if source is not None:
         carried = read_json(source / CONFIG_NAME)
         document |= {key: carried[key] for key in _TOKEN_KEYS if key in carried}
@@ -93,6 +98,7 @@ def save_tiers(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 1 << 30,
     source: Path | None = None,
+    tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a whole model as `target`, the tiers as TARGET-tier{t} beside it, and the manifest that binds them.
@@ -118,6 +124,7 @@ def save_tiers(
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             source=source,
+            tokenizer=tokenizer,
             overwrite=overwrite,
         )
     write_manifest(target, list(widths))

@@ -1,28 +1,33 @@
-"""Finding and reading training text: files, folders, .jsonl, .bin token shards, or Python's own standard library.
+"""Finding and reading training text: files, folders, .jsonl, .bin token shards, streams, or Python's standard library.
 
 One sixteenth is held out for evaluation, by a rule that needs no coordination: a file is held out if the first byte of
 the SHA-256 of its path (relative to the folder that was named) is a multiple of 16. Where that would leave one side
-empty, as for a single file, the last sixteenth of every file is held out instead.
+empty, as for a single file, the last sixteenth of every file is held out instead; of a stream always the last
+sixteenth. All text makes one array of tokens, in the order of its files, kept in a cache on disk; shards are used where
+they lie.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from braniac.model.documents import Piece, cut, read_pieces
 from braniac.model.errors import DataError
-from braniac.model.tokenizer import SEPARATOR
+from braniac.model.file_facts import FileFacts
+from braniac.model.shards import BadShard, MappedTokens, Shard, Tokens, read_shard
+from braniac.model.token_cache import Side, Text, TokenCache
+from braniac.model.tokenizer import ByteTokenizer, Tokenizer
 
-Tokens = npt.NDArray[np.uint8 | np.uint16]
+_Result = TypeVar("_Result")
+
+BadShards = Literal["refuse", "skip"]
+"""What to do about a shard that is damaged or of another vocabulary."""
 
 HELD_OUT_ONE_IN = 16
 TEXT_SUFFIXES = frozenset(
@@ -33,66 +38,117 @@ TEXT_SUFFIXES = frozenset(
         *("lua", "php", "pl", "rb", "r", "jl", "sh", "bash", "sql", "cfg", "ini", "toml", "yaml", "yml"),
     )
 )
-# modded-nanogpt's shard format: 256 int32 (magic, version, tokens, zeros), then uint16 tokens, little-endian.
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-SHARD_HEADER_BYTES = 256 * 4
 # Tests, installed packages and build records differ between machines; character tables are no language.
 STDLIB_SKIPPED = frozenset(
     ("__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo")
 )
 
 
+class Stream(Protocol):
+    """Documents from elsewhere, the same in the same order each time."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+
+    @property
+    def tokens_max(self) -> int:
+        """How many tokens to take."""
+
+    def identity(self, facts: FileFacts) -> str:
+        """What decides its documents. Raises DataError."""
+
+    def documents(self) -> Iterator[str]:
+        """Their texts. Raises DataError."""
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Token arrays, uint8 or memory-mapped uint16; a training window never spans two of them."""
+    """Token arrays, uint8, uint16 or uint32; a training window never spans two of them."""
 
     name: str
     """What to call it in messages."""
     train: tuple[Tokens, ...]
     held_out: tuple[Tokens, ...]
+    mappings: tuple[MappedTokens, ...] = ()
+    """Of the arrays that are on disk."""
+    skipped: tuple[str, ...] = ()
+    """A sentence for each shard that was left out."""
+
+    def release(self) -> None:
+        """Give the memory of what was read back; reading it again costs a look at the disk, or at the kernel's copy."""
+        for mapping in self.mappings:
+            mapping.release()
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where training text comes from; no paths at all means the standard library of the running Python."""
+    """Where training text comes from; no paths and no streams means the standard library of the running Python."""
 
+    cache_dir: Path
+    """Where the tokens of texts are kept."""
     paths: tuple[Path, ...] = ()
+    streams: tuple[Stream, ...] = ()
+    tokenizer: Tokenizer | None = field(default_factory=ByteTokenizer)
+    """None: it is not at hand, and only shards can be read."""
+    bad_shards: BadShards = "refuse"
 
-    def load(self, vocab_size: int) -> Corpus:
-        """Read everything (.bin shards are mapped, not read). Raises DataError."""
-        try:
-            files = list(self._files())
-        except OSError as error:
-            raise DataError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from error
-        if not files:
-            raise DataError(
-                f"no readable text files in {self.name}: name files, or folders with .txt, .md or .py files."
-            )
+    def load(self, vocab_size: int, going_on: Callable[[], bool] = lambda: True) -> Corpus:
+        """Find everything, and tokenise what is not in the cache; stops with an error if `going_on` says no.
+
+        All tokens of a shard are compared with the vocabulary here, once for every version of its file, a block at a
+        time. Raises DataError.
+        """
+        facts = FileFacts(self.cache_dir)
+        files, skipped = self._usable(vocab_size, facts)
         held = [_is_held_out(key) for key, _ in files]
-        train: list[Tokens] = []
-        held_out: list[Tokens] = []
-        for (_, path), is_held in zip(files, held, strict=True):
-            tokens = _read(path)
-            largest = int(tokens.max()) if len(tokens) else 0
-            if largest >= vocab_size:
-                raise DataError(f"{path} holds token {largest}: this model's vocabulary ends at {vocab_size - 1}.")
-            if all(held) or not any(held):
-                cut = len(tokens) - len(tokens) // HELD_OUT_ONE_IN
-                train.append(tokens[:cut])
-                held_out.append(tokens[cut:])
-            else:
-                (held_out if is_held else train).append(tokens)
-        return Corpus(self.name, _join(train), _join(held_out))
+        tails = all(held) or not any(held)
+        sides: list[Side] = ["tail" if tails else "held_out" if is_held else "train" for is_held in held]
+        sided = [(found, side) for (_, found), side in zip(files, sides, strict=True)]
+        texts: list[Text] = [FileText(found, side) for found, side in sided if isinstance(found, Path)]
+        texts += map(StreamText, self.streams)
+        train, held_out, mappings = list[Tokens](), list[Tokens](), list[MappedTokens]()
+        if texts:
+            tokenizer = self._checked_tokenizer(texts[0], vocab_size)
+            entry = TokenCache(self.cache_dir, facts, going_on).open(texts, tokenizer, HELD_OUT_ONE_IN)
+            train, held_out, mappings = [entry.train.tokens], [entry.held_out.tokens], [entry.train, entry.held_out]
+        for shard, side in ((found, side) for found, side in sided if isinstance(found, Shard)):
+            mapping = _reading(shard.path, shard.map)
+            kept = {"train": shard.count, "held_out": 0, "tail": shard.count - shard.count // HELD_OUT_ONE_IN}[side]
+            train.append(mapping.tokens[:kept])
+            held_out.append(mapping.tokens[kept:])
+            mappings.append(mapping)
+        facts.save()
+        return Corpus(self.name, _filled(train), _filled(held_out), tuple(mappings), tuple(skipped))
 
     @property
     def name(self) -> str:
-        """The paths as one would read them out."""
-        return ", ".join(str(path) for path in self.paths) or "the Python standard library"
+        """The paths and streams as one would read them out."""
+        named = [*map(str, self.paths), *(stream.name for stream in self.streams)]
+        return ", ".join(named) or "the Python standard library"
+
+    def _usable(self, vocab_size: int, facts: FileFacts) -> tuple[list[tuple[str, Path | Shard]], list[str]]:
+        """(key for the held-out rule, text file or shard), and what is wrong with each shard that is left out."""
+        files, skipped = list[tuple[str, Path | Shard]](), list[str]()
+        for key, path in self._files():
+            try:
+                files.append((key, _checked_shard(path, vocab_size, facts) if path.suffix == ".bin" else path))
+            except BadShard as error:
+                if self.bad_shards == "refuse":
+                    remedy = "make it again or take it away, or leave it out with data.bad_shards=skip"
+                    raise DataError(f"{error}: {remedy}.") from None
+                skipped.append(str(error))
+        if not files and not self.streams and skipped:
+            raise DataError(f"{self.name} holds no shard that can be used: {skipped[0]}.")
+        if not files and not self.streams:
+            raise DataError(
+                f"no readable text files in {self.name}: name files, or folders with .txt, .md or .py files."
+            )
+        return files, skipped
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         """(key for the held-out rule, file), in an order that depends on names alone."""
-        if not self.paths:
+        if not self.paths and not self.streams:
             root = Path(sysconfig.get_paths()["stdlib"])
             yield from _walk(root, frozenset({".py"}), STDLIB_SKIPPED)
         for path in self.paths:
@@ -102,6 +158,77 @@ class TextSource:
                 yield path.name, path
             else:
                 raise DataError(f"{path} does not exist: give the path of a text file or of a folder with some.")
+
+    def _checked_tokenizer(self, text: Text, vocab_size: int) -> Tokenizer:
+        if self.tokenizer is None:
+            raise DataError(
+                f"{text.name} is text, and this model's tokenizer is not here: set data.tokenizer to the file that the "
+                "run's founder has or that lies beside the model, or give .bin shards of its tokens."
+            )
+        if self.tokenizer.vocab_size > vocab_size:
+            raise DataError(
+                f"{text.name} is text, and its tokenizer has {self.tokenizer.vocab_size} tokens: this model's "
+                f"vocabulary ends at {vocab_size - 1}."
+            )
+        return self.tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class FileText:
+    """A text file."""
+
+    path: Path
+    side: Side
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.path)
+
+    @property
+    def tokens_max(self) -> None:
+        """All of it."""
+
+    def identity(self, facts: FileFacts) -> str:
+        """How it is read, and its content. Raises DataError."""
+        return f"{self.path.suffix == '.jsonl'} {_reading(self.path, lambda: facts.sha256(self.path))}"
+
+    def pieces(self) -> Iterator[Piece]:
+        """Its documents. Raises DataError."""
+        pieces = read_pieces(self.path)
+        while (piece := _reading(self.path, lambda: next(pieces, None))) is not None:
+            yield piece
+
+
+@dataclass(frozen=True, slots=True)
+class StreamText:
+    """A stream; its last sixteenth is held out."""
+
+    stream: Stream
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.stream.name
+
+    @property
+    def side(self) -> Side:
+        """Both."""
+        return "tail"
+
+    @property
+    def tokens_max(self) -> int:
+        """As configured."""
+        return self.stream.tokens_max
+
+    def identity(self, facts: FileFacts) -> str:
+        """What decides its documents. Raises DataError."""
+        return self.stream.identity(facts)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Its documents. Raises DataError."""
+        for document in self.stream.documents():
+            yield from cut([document])
 
 
 def _walk(root: Path, suffixes: frozenset[str], skipped: frozenset[str]) -> Iterator[tuple[str, Path]]:
@@ -118,55 +245,21 @@ def _is_held_out(key: str) -> bool:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
-def _read(path: Path) -> Tokens:
+def _checked_shard(path: Path, vocab_size: int, facts: FileFacts) -> Shard:
+    """The shard in a file, if it is whole and of this vocabulary. Raises BadShard, DataError."""
+    shard = _reading(path, lambda: read_shard(path))
+    largest = _reading(path, lambda: facts.ask(path, "largest token", shard.largest))
+    if int(largest) >= vocab_size:
+        _reading(path, lambda: shard.refuse_beyond(vocab_size))
+    return shard
+
+
+def _reading(path: Path, read: Callable[[], _Result]) -> _Result:
     try:
-        if path.suffix == ".bin":
-            return _map_shard(path)
-        raw = path.read_bytes()
+        return read()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
-    # Re-encoding makes sure that the separator occurs nowhere inside a document, whatever the file holds.
-    text = raw.decode("utf-8", errors="replace")
-    documents = _jsonl_documents(path, text) if path.suffix == ".jsonl" else [text]
-    joined = b"".join(d.encode("utf-8", errors="replace") + bytes([SEPARATOR]) for d in documents if d)
-    return np.frombuffer(joined, np.uint8)
 
 
-def _jsonl_documents(path: Path, text: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {number} is not JSON ({error}): mend or remove the line.") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise DataError(
-                f'{path} line {number} lacks "text": each line must be an object with a string under that key.'
-            )
-        documents.append(record["text"])
-    return documents
-
-
-def _map_shard(path: Path) -> npt.NDArray[np.uint16]:
-    size_bytes = path.stat().st_size
-    if size_bytes < SHARD_HEADER_BYTES:
-        raise DataError(f"{path} has {size_bytes} bytes: the header of a token shard alone takes {SHARD_HEADER_BYTES}.")
-    header = np.fromfile(path, "<i4", 3)
-    expected = (SHARD_MAGIC, SHARD_VERSION, (size_bytes - SHARD_HEADER_BYTES) // 2)
-    for field, found, wanted in zip(("magic", "version", "token count"), header.tolist(), expected, strict=True):
-        if found != wanted:
-            raise DataError(
-                f"{path} has {field} {found} in its header where {wanted} fits: it is no whole token shard."
-            )
-    if expected[2] == 0:
-        return np.zeros(0, np.uint16)  # an empty file cannot be mapped
-    return np.memmap(path, "<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(expected[2],))
-
-
-def _join(arrays: Sequence[Tokens]) -> tuple[Tokens, ...]:
-    """Text becomes one array; shards stay apart, so that they stay on disk."""
-    shards = tuple(tokens for tokens in arrays if tokens.dtype == np.uint16)
-    texts = [tokens for tokens in arrays if tokens.dtype == np.uint8]
-    return (np.concatenate(texts), *shards) if texts else shards
+def _filled(arrays: Sequence[Tokens]) -> tuple[Tokens, ...]:
+    return tuple(tokens for tokens in arrays if len(tokens))

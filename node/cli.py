@@ -18,7 +18,7 @@ from braniac.node.cli_daemon import daemon_app
 from braniac.node.cli_doctor import doctor_app
 from braniac.node.cli_identity import identity_app
 from braniac.node.cli_model import model_app
-from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, node_config
+from braniac.node.cli_options import ConfigFile, HeldOutData, Json, Sets, StateDir, TrainingData, node_config
 from braniac.node.cli_run import run_app
 from braniac.node.failures import explain
 from braniac.protocol.limits import PROTOCOL_VERSION
@@ -59,9 +59,7 @@ def join(
         typer.Option("--peers", metavar="ADDR", help="Peer to join through, or @FILE of them; repeatable."),
     ] = None,
     tier: Annotated[str | None, typer.Option(metavar="auto|0..3", help="Part of the model to hold; 0 is all.")] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text file or folder to train on; repeatable.")
-    ] = None,
+    data: TrainingData = None,
     state_dir: StateDir = None,
     config: ConfigFile = None,
     set_: Sets = None,
@@ -167,7 +165,7 @@ def generate(
 
     pieces = offline.generate(
         settings.state.dir, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, tier=tier,
-        folder=folder, draft_tier=draft_tier, beams=beams,
+        data=settings.data, folder=folder, draft_tier=draft_tier, beams=beams,
     )  # fmt: skip
     typer.echo(prompt, nl=False)
     for piece in pieces:
@@ -181,16 +179,15 @@ def evaluate(
     tiers: Annotated[
         str | None, typer.Option(metavar="0,1,...", help="Slices to evaluate; default: all the node holds.")
     ] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text whose held-out part to use; repeatable.")
-    ] = None,
+    data: HeldOutData = None,
     state_dir: StateDir = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> None:
     """Measure the trained model on held-out text.
 
-    It is read from the node's last checkpoint; losses are in nats per byte.
+    It is read from the node's last checkpoint; losses are in nats per token, which is a byte unless the run has a
+    tokenizer.
 
     \b
     Examples:
@@ -201,7 +198,7 @@ def evaluate(
     wanted = None if tiers is None else commands.parse_tiers(tiers)
     from braniac.node import offline
 
-    result = offline.evaluate(settings.state.dir, data=settings.data.paths, tiers=wanted)
+    result = offline.evaluate(settings.state.dir, data=settings.data, tiers=wanted)
     typer.echo(commands.json_text(result) if json else commands.aligned_text(result))
 
 

@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 import typer
 
 from braniac.node import commands
-from braniac.node.cli_options import ConfigFile, Json, Sets, StateDir, merged, node_config
+from braniac.node.cli_options import (
+    ConfigFile,
+    HeldOutData,
+    Json,
+    Sets,
+    StateDir,
+    TrainingData,
+    merged,
+    node_config,
+)
 from braniac.node.errors import ConfigError
 
 model_app = typer.Typer()
@@ -17,9 +26,7 @@ model_app = typer.Typer()
 
 @model_app.command()
 def train(
-    data: Annotated[
-        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text file or folder to train on; repeatable.")
-    ] = None,
+    data: TrainingData = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the checkpoints; default: trained.")
     ] = None,
@@ -125,9 +132,7 @@ def mixnmatch(
         str | None,
         typer.Option(metavar="W,W,...", help="FFN widths to choose from; default: the tiers' and those halfway."),
     ] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text whose held-out part to use; repeatable.")
-    ] = None,
+    data: HeldOutData = None,
     refined: Annotated[
         bool, typer.Option("--refine", help="Improve the choice by measuring the maps near it. Takes much longer.")
     ] = False,
@@ -156,9 +161,9 @@ def mixnmatch(
 
     if (budget is None) == (use is None):
         raise ConfigError("mixnmatch needs either a --budget to choose a map for or a recipe to --use")
-    paths = tuple(data or ())
+    text = node_config(None, None, data__paths=data).data
     if use is not None:
-        result = mixnmatch_command.use_recipe(folder, use, data=paths, out=out)
+        result = mixnmatch_command.use_recipe(folder, use, data=text, out=out)
     else:
         assert budget is not None
         result = mixnmatch_command.choose_map(
@@ -167,7 +172,7 @@ def mixnmatch(
             unit=unit,
             length=length,
             widths=None if widths is None else commands.parse_integers("--widths", widths),
-            data=paths,
+            data=text,
             recipe=recipe,
             out=out,
             refined=refined,
@@ -217,6 +222,7 @@ def export(
         target,
         folder=folder,
         state_dir=settings.state.dir,
+        data=settings.data,
         weights=weights,
         form=form,
         tier=tier,
@@ -237,7 +243,7 @@ def convert(
         typer.Option(help="What makes a neuron important; random is the control."),
     ] = "activation",
     data: Annotated[
-        list[Path] | None, typer.Option("--data", metavar="PATH", help="Text to sort by and measure on; repeatable.")
+        list[str] | None, typer.Option("--data", metavar="PATH", help="Text to sort by and measure on; repeatable.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -253,5 +259,6 @@ def convert(
     """
     from braniac.node import convert_command
 
-    result = convert_command.convert(source, target, ordering=ordering, data=tuple(data or ()))
+    text = node_config(None, None, data__paths=data).data
+    result = convert_command.convert(source, target, ordering=ordering, data=text)
     typer.echo(commands.json_text(result) if json else convert_command.convert_text(result))

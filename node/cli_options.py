@@ -25,6 +25,13 @@ Sets = Annotated[
 StateDir = Annotated[
     Path | None, typer.Option("--state-dir", metavar="DIR", help="Folder of the node's key and state.")
 ]
+TrainingData = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="PATH", help="Text file, folder or hf://DATASET to train on; repeatable."),
+]
+HeldOutData = Annotated[
+    list[str] | None, typer.Option("--data", metavar="PATH", help="Text whose held-out part to use; repeatable.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 

@@ -6,7 +6,7 @@ from what a person typed. A section is frozen, so the daemon can hand it to any 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from braniac.model.config import Device, Precision
 from braniac.node import schedule
+from braniac.node.hub import checked_name, is_hub_name
 from braniac.protocol.limits import FRAGMENTS_MAX, TILE_SIZE_MAX
 
 
@@ -26,6 +27,11 @@ def default_state_dir() -> Path:
 def default_config_file() -> Path:
     """The settings that are read when nobody names another file, e.g. ~/.config/braniac/node.toml."""
     return platformdirs.user_config_path("braniac") / "node.toml"
+
+
+def default_cache_dir() -> Path:
+    """Where the tokens of texts are kept when nobody says otherwise, e.g. ~/.cache/braniac."""
+    return platformdirs.user_cache_path("braniac")
 
 
 def control_socket_path(state_dir: Path) -> Path:
@@ -58,8 +64,16 @@ def _whole_hours(value: object) -> object:
     return value
 
 
+def _path_or_hub(value: object) -> object:
+    """A name on the hub stays text: as a path it would lose one of its slashes."""
+    if isinstance(value, str):
+        return checked_name(value) if is_hub_name(value) else Path(value).expanduser()
+    return value
+
+
 Hours = Annotated[str, AfterValidator(_checked_hours)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+DataPath = Annotated[Path | str, BeforeValidator(_path_or_hub)]
 StatePath = Annotated[Path, AfterValidator(_whole)]
 
 
@@ -86,8 +100,8 @@ class Root(Section):
     """An environment variable of this prefix and `section__key` sets that key."""
     SHOWN_BY: ClassVar[str]
     """The command that lists all settings."""
-    STATE_DIRECTORY: ClassVar[tuple[str, str] | None] = None
-    """Section and key of the folder that systemd's variable of this name decides, if any."""
+    SYSTEMD_FOLDERS: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Section and key of the folders that systemd's variables decide, by variable."""
     DEFAULT_FILE: ClassVar[Callable[[], Path] | None] = None
     """Which file is read, if it is there, when none is named."""
 
@@ -158,8 +172,26 @@ class TrainSection(Section):
 class DataSection(Section):
     """The text to train on."""
 
-    paths: tuple[UserPath, ...] = ()
-    """Files or folders; empty: the source code of the Python standard library."""
+    paths: tuple[DataPath, ...] = ()
+    """Files, folders, or hf://NAME[/CONFIG][:SPLIT][@REVISION]; empty: the code of the Python standard library."""
+    tokenizer: UserPath | None = None
+    """A tokenizer.json of Hugging Face; not set: the run's or the checkpoint's own, and bytes for what is new."""
+    bad_shards: Literal["refuse", "skip"] = "refuse"
+    """What to do about a .bin shard that is damaged or has tokens beyond the vocabulary: refuse to start or skip it."""
+    hub_tokens: int = Field(default=100_000_000, ge=1)
+    """How many tokens to take of each hf:// dataset, from its beginning."""
+    cache_dir: UserPath = Field(default_factory=default_cache_dir)
+    """Where texts are kept as tokens; any number of nodes may share it."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The paths that are on this machine."""
+        return tuple(path for path in self.paths if isinstance(path, Path))
+
+    @property
+    def hub(self) -> tuple[str, ...]:
+        """The others."""
+        return tuple(path for path in self.paths if isinstance(path, str))
 
 
 class StateSection(Section):
@@ -261,13 +293,16 @@ class NodeConfig(Root):
 
     ENVIRONMENT_PREFIX: ClassVar[str] = "BRANIAC_NODE__"
     SHOWN_BY: ClassVar[str] = "braniac-node config show"
-    STATE_DIRECTORY: ClassVar[tuple[str, str] | None] = ("state", "dir")
+    SYSTEMD_FOLDERS: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "STATE_DIRECTORY": ("state", "dir"),
+        "CACHE_DIRECTORY": ("data", "cache_dir"),
+    }
     DEFAULT_FILE: ClassVar[Callable[[], Path] | None] = default_config_file
 
     network: NetworkSection = NetworkSection()
     run: RunSection = RunSection()
     train: TrainSection = TrainSection()
-    data: DataSection = DataSection()
+    data: DataSection = Field(default_factory=DataSection)
     state: StateSection = Field(default_factory=StateSection)
     policy: PolicySection = PolicySection()
     caps: CapsSection = CapsSection()

@@ -11,17 +11,18 @@ from braniac.model.convert import Kind, orderings, reorder_
 from braniac.model.data import Batches
 from braniac.model.evaluate import held_out_loss
 from braniac.model.hf import load_folder, save_folder
-from braniac.model.sources import TextSource
 from braniac.model.tiers import tier_widths
 from braniac.node.commands import table_text
+from braniac.node.config import DataSection
 from braniac.node.errors import ConfigError
+from braniac.node.text import folder_tokenizer, text_source
 
 _WINDOWS = 128  # of text, to sort by and to measure on
 _LONGEST_WINDOW = 512  # of them, in tokens: more text is worth more than longer text
 _SEED = 0
 
 
-def convert(source: Path, target: Path, *, ordering: Kind, data: tuple[Path, ...]) -> dict[str, Any]:
+def convert(source: Path, target: Path, *, ordering: Kind, data: DataSection) -> dict[str, Any]:
     """Write the model of folder `source` with its neurons sorted to `target`; its loss at every tier, as for JSON.
 
     The order comes from the training part of the text, the losses from the rest. Raises ModelError, NodeError.
@@ -32,7 +33,7 @@ def convert(source: Path, target: Path, *, ordering: Kind, data: tuple[Path, ...
     if not held.whole:
         raise ConfigError(f"{source} holds {held.width} of {held.base} FFN neurons: sort the whole model instead")
     config = model.config
-    corpus = TextSource(data).load(config.vocab_size)
+    corpus = text_source(data, folder_tokenizer(source, config, data)).load(config.vocab_size)
     batches = Batches(corpus, _SEED, b"calibration", min(config.context, _LONGEST_WINDOW), _WINDOWS)
     windows, widths = batches.held_out(_WINDOWS), tier_widths(config)
     before = [held_out_loss(model, windows, width) for width in widths]

@@ -9,6 +9,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from braniac.node import memory
 from braniac.node.commands import bytes_text
 from braniac.node.facts import Facts
 
@@ -17,7 +18,6 @@ ERROR_EXIT_CODE = 11
 
 _CLOCK_OFF_S = 2.0
 _DISK_SLOW_BYTES_PER_S = 2_000_000
-_MEMORY_SHARE = 0.8  # as founding.choose_tier has it
 
 
 class Severity(enum.IntEnum):
@@ -160,11 +160,13 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     if facts.daemon is not None:
         yield Finding("memory", Severity.OK, f"{bytes_text(free)} of memory are free beside the running node")
         return
-    fitting = [tier for tier, need in enumerate(needs) if need <= _MEMORY_SHARE * free]
+    limit = memory.usable_bytes(free, facts.memory_cap_bytes, facts.memory_tier)
+    fitting = [tier for tier, need in enumerate(needs) if need <= limit]
     told = ", ".join(f"tier {tier} {bytes_text(need)}" for tier, need in enumerate(needs))
-    sentence = f"{bytes_text(free)} of memory are free; {facts.memory_of} needs: {told}"
-    if not fitting:
-        yield Finding("memory", Severity.ERROR, sentence, "close other programs, or choose a run with a smaller model")
+    capped = "" if facts.memory_cap_bytes is None else f", caps.memory_mib allows {bytes_text(facts.memory_cap_bytes)}"
+    sentence = f"{bytes_text(free)} of memory are free{capped}; {facts.memory_of} needs: {told}"
+    if not fitting or (facts.memory_tier is not None and facts.memory_tier not in fitting):
+        yield Finding("memory", Severity.ERROR, sentence, memory.remedy(facts.memory_fits))
     elif fitting[0] > 0:
         yield Finding("memory", Severity.NOTE, f"{sentence}; the largest that fits is tier {fitting[0]}")
     else:

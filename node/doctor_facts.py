@@ -29,9 +29,11 @@ from braniac.node.control_client import ControlClient
 from braniac.node.control_socket import PATH_BYTES_MAX
 from braniac.node.errors import ConfigError, NodeError, ResourceError
 from braniac.node.facts import DaemonFact, Facts, ListenFact
-from braniac.node.founding import choose_tier, found_run, free_memory_bytes, train_settings
+from braniac.node.founding import found_run, train_settings
+from braniac.node.memory import Fit, choose_tier, fits, free_memory_bytes, usable_bytes
 from braniac.node.sensors import Sample, Sensors
 from braniac.node.store import Store
+from braniac.node.text import given_tokenizer
 from braniac.node.transport import parse_address
 from braniac.protocol import limits
 from braniac.protocol.errors import ProtocolError
@@ -57,6 +59,8 @@ def gather(config: NodeConfig) -> Facts:
     manifest, of = _run(config)
     identity, identity_trouble = _identity(state_dir)
     present, missing = sensors(look.sample())
+    free_bytes = free_memory_bytes()
+    needed, other_sizes = _memory(config, manifest, free_bytes)
     return Facts(
         versions={
             **{name: importlib.metadata.version(name) for name in _DISTRIBUTIONS},
@@ -79,15 +83,18 @@ def gather(config: NodeConfig) -> Facts:
         daemon_trouble=daemon_trouble,
         identity_trouble=identity_trouble,
         identity_peer=peer_id_text(identity.peer_id) if identity else None,
-        memory_free_bytes=free_memory_bytes(),
-        memory_needed_bytes=_memory_needed(config, manifest),
+        memory_free_bytes=free_bytes,
+        memory_cap_bytes=config.caps.memory_mib << 20 or None,
+        memory_needed_bytes=needed,
+        memory_tier=None if config.train.tier == "auto" else config.train.tier,
+        memory_fits=other_sizes,
         memory_of=of,
         sensors_present=present,
         sensors_missing=missing,
         listen=() if daemon else [_listen(address) for address in config.network.listen],
         global_addresses=global_addresses(),
         p2pd_trouble=p2pd_trouble(),
-        data_missing=[str(path) for path in config.data.paths if not path.exists()],
+        data_missing=[str(path) for path in config.data.files if not path.exists()],
         bad_addresses=_bad_addresses(config.network.peers),
     )
 
@@ -220,19 +227,24 @@ def _run(config: NodeConfig) -> tuple[Manifest | None, str]:
         if config.run.file is not None:
             return run_file.read(config.run.file)[0], f"the run in {config.run.file}"
         nobody = Identity.from_seed(bytes(32))
-        return found_run(config.run, nobody, 0.0)[0], f"preset {config.run.preset}"
+        return found_run(config.run, nobody, 0.0, given_tokenizer(config.data))[0], f"preset {config.run.preset}"
     except (NodeError, ModelError, ProtocolError):
         return None, f"preset {config.run.preset}"
 
 
-def _memory_needed(config: NodeConfig, manifest: Manifest | None) -> list[int]:
+def _memory(config: NodeConfig, manifest: Manifest | None, free_bytes: int) -> tuple[list[int], list[Fit]]:
+    """What each tier needs, and which sizes of a training fit."""
     try:
         if manifest is None:
-            return []
+            return [], []
         model, settings = bridge.model_of(manifest)[0], train_settings(config.train, manifest)
     except (NodeError, ModelError):
-        return []
-    return [each.memory_bytes for each in costs.costs_of(manifest, model, settings)]
+        return [], []
+    wanted = None if config.train.tier == "auto" else config.train.tier
+    usable = usable_bytes(free_bytes, config.caps.memory_mib << 20 or None, wanted)
+    tiers = range(wanted or 0, model.tiers)
+    found = fits(model, settings, tiers, usable - costs.PROGRAM_BYTES - costs.P2PD_BYTES)
+    return [each.memory_bytes for each in costs.costs_of(manifest, model, settings)], found
 
 
 def _disk_needed(config: NodeConfig, manifest: Manifest | None) -> int | None:

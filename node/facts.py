@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from braniac.node.memory import Fit
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListenFact:
@@ -60,8 +62,14 @@ class Facts:
     identity_trouble: str | None = None
     identity_peer: str | None = None
     memory_free_bytes: int | None = None
+    memory_cap_bytes: int | None = None
+    """The owner's."""
     memory_needed_bytes: Sequence[int] = ()
-    """By tier."""
+    """By tier, the program itself included."""
+    memory_tier: int | None = None
+    """The one that its owner asks for."""
+    memory_fits: Sequence[Fit] = ()
+    """Other sizes of a training, within what may be used."""
     memory_of: str = ""
     """What model that is."""
     sensors_present: Sequence[str] = ()

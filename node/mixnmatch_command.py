@@ -30,9 +30,10 @@ from braniac.model.mixnmatch import (
 )
 from braniac.model.profile import measure
 from braniac.model.recipes import load_recipe, recipe_of, save_recipe
-from braniac.model.sources import TextSource
 from braniac.node.commands import table_text
+from braniac.node.config import DataSection
 from braniac.node.errors import ConfigError
+from braniac.node.text import folder_tokenizer, text_source
 
 UNITS = ("parameters", "flops", "seconds")
 _WINDOWS = 64  # of the held-out text
@@ -46,7 +47,7 @@ def choose_map(
     unit: str,
     length: int | None,
     widths: Sequence[int] | None,
-    data: tuple[Path, ...],
+    data: DataSection,
     recipe: Path | None,
     out: Path | None,
     refined: bool = False,
@@ -61,7 +62,7 @@ def choose_map(
     model, _ = load_folder(folder)
     costs = _costs(model, unit, model.config.context if length is None else length, widths)
     costs.check_budget(budget)
-    windows = _windows(model, data)
+    windows = _windows(folder, model, data)
     proxy = sensitivities(model, windows, tuple(costs.layers[0]))
     chosen, greedy = choose(costs, proxy, budget), choose_greedily(costs, proxy, budget)
     kept = refine(model, costs, chosen.widths, budget, windows)[0] if refined else chosen.widths
@@ -92,12 +93,12 @@ def choose_map(
     return {"unit": costs.unit, "budget": budget, "maps": rows, "sensitivities": layers}
 
 
-def use_recipe(folder: Path, recipe: Path, *, data: tuple[Path, ...], out: Path | None) -> dict[str, Any]:
+def use_recipe(folder: Path, recipe: Path, *, data: DataSection, out: Path | None) -> dict[str, Any]:
     """Measure the model that a recipe makes of a checkpoint, and write it if asked to. Raises ModelError, NodeError."""
     _check_free(out)
     model, _ = load_folder(folder)
     read = load_recipe(recipe, model)
-    (loss,) = evaluate_maps(model, [read.width_map], _windows(model, data))
+    (loss,) = evaluate_maps(model, [read.width_map], _windows(folder, model, data))
     if out is not None:
         save_folder(extract(model, read.width_map), out, source=folder)
     row = {"map": "recipe", "widths": list(read.width_map), "cost": read.cost, "loss": loss}
@@ -133,8 +134,8 @@ def _costs(model: GPT, unit: str, length: int, widths: Sequence[int] | None) -> 
     raise ConfigError(f"there is no unit {unit!r}: choose one of {', '.join(UNITS)}")
 
 
-def _windows(model: GPT, data: tuple[Path, ...]) -> Windows:
-    corpus = TextSource(data).load(model.config.vocab_size)
+def _windows(folder: Path, model: GPT, data: DataSection) -> Windows:
+    corpus = text_source(data, folder_tokenizer(folder, model.config, data)).load(model.config.vocab_size)
     return Batches(corpus, _SEED, b"evaluation", model.config.context, 1).held_out(_WINDOWS)
 
 

@@ -18,14 +18,16 @@ from braniac.model.evaluate import held_out_loss
 from braniac.model.fragments import scatter_
 from braniac.model.gpt import GPT
 from braniac.model.hf import load_folder
-from braniac.model.sources import TextSource
 from braniac.model.speculative import speculate
 from braniac.model.tiers import tier_width
-from braniac.model.tokenizer import ByteTokenizer
+from braniac.model.tokenizer import BYTES, sound
 from braniac.node import bridge
 from braniac.node.checkpoint import Saved, from_generation, load_parts
+from braniac.node.config import DataSection
 from braniac.node.errors import ConfigError, StateError
+from braniac.node.run_data import run_data
 from braniac.node.store import Store
+from braniac.node.text import folder_tokenizer, run_tokenizer, text_source
 
 _WINDOWS = 64  # of the held-out text
 
@@ -82,21 +84,29 @@ def generate(
     top_k: int | None,
     seed: int | None,
     tier: int | None,
+    data: DataSection,
     folder: Path | None = None,
     draft_tier: int | None = None,
     beams: int = 1,
 ) -> Iterator[str]:
     """Yield pieces of text that continue `prompt`, by the model in `folder` if one is given.
 
+    `data` may name the tokenizer, where neither the state directory nor the folder has it.
     With `draft_tier`, that slice of the model drafts and the model decides: the same distribution of texts. With
     `beams`, the likeliest text that a beam search finds. Raises StateError, ConfigError, ModelError.
     """
     if beams > 1 and draft_tier is not None:
         raise ConfigError("--beams and --draft-tier exclude each other: give one of them")
-    model = load(state_dir)[2] if folder is None else load_folder(folder)[0]
+    if folder is None:
+        _, saved, model = load(state_dir)
+        tokenizer = run_tokenizer(saved.manifest, data, state_dir)
+    else:
+        model = load_folder(folder)[0]
+        tokenizer = folder_tokenizer(folder, model.config, data)
+    if tokenizer is None:
+        raise ConfigError(f"the tokenizer of {folder or state_dir} is not here: set data.tokenizer to its file")
     width = None if tier is None else _width(model.config, tier, model.width)
-    tokenizer = ByteTokenizer()
-    context = tokenizer.encode(prompt)
+    context = tokenizer.encode([sound(prompt)])[0].tolist()
     if beams > 1:
         best = beam_search(model, context, tokens, beams=beams, width=width)[0]
         yield tokenizer.decode(list(best.tokens))
@@ -114,49 +124,39 @@ def generate(
             model, context, tokens,
             draft_width=draft_width, generator=generator, temperature=temperature, top_k=top_k, width=width,
         )  # fmt: skip
-    yield from _characters(written, tokenizer)
+    yield from tokenizer.stream(written)
 
 
-def _characters(written: Iterator[int], tokenizer: ByteTokenizer) -> Iterator[str]:
-    """Text as soon as whole characters of it are there."""
-    pending: list[int] = []
-    for token in written:
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd") or len(pending) >= 4:  # wait for the rest of a UTF-8 character
-            yield text
-            pending = []
-    yield tokenizer.decode(pending)
-
-
-def evaluate(state_dir: Path, *, data: tuple[Path, ...], tiers: tuple[int, ...] | None) -> dict[str, Any]:
-    """Held-out loss per tier in nats per byte, of the node's own weights and of the anchors. Raises as `generate`."""
+def evaluate(state_dir: Path, *, data: DataSection, tiers: tuple[int, ...] | None) -> dict[str, Any]:
+    """Held-out loss per tier in nats per token, of the node's own weights and of the anchors. Raises as `generate`."""
     store, saved, own = load(state_dir)
     agreed = load_anchors(store, saved)
     config = own.config
     wanted = tuple(range(saved.tier, config.tiers)) if tiers is None else tiers
     widths = {tier: _width(config, tier, own.width) for tier in wanted}
-    windows = _windows(config, saved, data)
+    windows = _windows(config, saved, data, state_dir)
     return {
         "run_id": saved.manifest.run_id.hex(),
         "step": saved.step,
         "tokens": saved.totals.tokens,
-        "unit": "nats/byte",
+        "unit": "nats/byte" if run_data(saved.manifest).tokenizer == BYTES else "nats/token",
         "agreed": {str(tier): held_out_loss(agreed, windows, width) for tier, width in widths.items()},
         "own": {str(tier): held_out_loss(own, windows, width) for tier, width in widths.items()},
     }
 
 
-def initial_loss(state_dir: Path, *, data: tuple[Path, ...], tier: int) -> float:
-    """Held-out loss of the run's untrained model at `tier`, nats per byte. Raises as `generate`."""
+def initial_loss(state_dir: Path, *, data: DataSection, tier: int) -> float:
+    """Held-out loss of the run's untrained model at `tier`, nats per token. Raises as `generate`."""
     _, saved, own = load(state_dir)
     config = own.config
     own.init_weights(saved.manifest.seed)
-    return held_out_loss(own, _windows(config, saved, data), _width(config, tier, own.width))
+    return held_out_loss(own, _windows(config, saved, data, state_dir), _width(config, tier, own.width))
 
 
-def _windows(config: ModelConfig, saved: Saved, data: tuple[Path, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    corpus = TextSource(data).load(config.vocab_size)
+def _windows(
+    config: ModelConfig, saved: Saved, data: DataSection, state_dir: Path
+) -> tuple[torch.Tensor, torch.Tensor]:
+    corpus = text_source(data, run_tokenizer(saved.manifest, data, state_dir)).load(config.vocab_size)
     return Batches(corpus, saved.manifest.seed, b"evaluation", config.context, 1).held_out(_WINDOWS)
 
 

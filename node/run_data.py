@@ -6,10 +6,11 @@ part: a node that ignored a key would train otherwise than its run asks, and nob
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from braniac.model.tokenizer import BYTES, is_name
 from braniac.model.trainer import TrainSettings
 from braniac.node.config import Section
 from braniac.node.errors import Incompatible
@@ -17,6 +18,12 @@ from braniac.node.settings_merge import expected_text
 from braniac.protocol.manifest import Manifest
 
 _DEFAULTS = TrainSettings()
+
+
+def _tokenizer_name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError("'bytes' or the SHA-256 of a tokenizer's file")
+    return text
 
 
 def _printable(text: str) -> str:
@@ -45,7 +52,8 @@ class OptimizerSpec(Section):
 class RunData(Section):
     """The manifest's `data`."""
 
-    tokenizer: Literal["bytes"] = "bytes"
+    tokenizer: Annotated[str, AfterValidator(_tokenizer_name)] = BYTES
+    """`bytes`, or `sha256:` and the hash of the tokenizer.json with which everybody reads text."""
     text: Text | None = None
     """What the founder asks people to train on."""
     optimizer: OptimizerSpec = OptimizerSpec()

@@ -22,7 +22,7 @@ merge:
   coverage: 0.5           # 0: divide by everybody's weight, 1: by that of who sent a value, 0.5: in between
 
 data:
-  tokenizer: bytes        # the only one there is
+  tokenizer: bytes        # or a tokenizer.json of Hugging Face, which all who bring text must then have
   text: English novels, out of copyright    # a request to whoever joins, shown before they do; each brings their own
 
 optimizer:                # of every node that does not set its own train.learning_rate

@@ -18,12 +18,14 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from braniac.model.config import PRESETS, ModelConfig
 from braniac.model.errors import ConfigError as ModelConfigError
 from braniac.model.fragments import fragment_table, layout_digest
+from braniac.model.tokenizer import BYTES, Tokenizer
 from braniac.node import bridge
-from braniac.node.config import Section
+from braniac.node.config import DataSection, Section
 from braniac.node.errors import ConfigError
-from braniac.node.founding import RECIPES
+from braniac.node.founding import RECIPES, check_vocabulary
 from braniac.node.run_data import OptimizerSpec, RunData, Text
 from braniac.node.settings_merge import expected_text, shown_text
+from braniac.node.text import given_tokenizer
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.errors import ManifestError
 from braniac.protocol.identity import Identity
@@ -63,7 +65,8 @@ class MergeSpec(Section):
 class DataSpec(Section):
     """What the model reads."""
 
-    tokenizer: Literal["bytes"] = "bytes"
+    tokenizer: str = BYTES
+    """Or the path of a tokenizer.json."""
     text: Text | None = None
 
 
@@ -115,7 +118,7 @@ def parse_spec(content: object, origin: str) -> RunSpec:
         spec = RunSpec.model_validate(content)
     except ValidationError as error:
         raise ConfigError(_sentence(error, origin)) from None
-    model_of(spec)
+    tokenizer_of(spec, model_of(spec))
     return spec
 
 
@@ -130,9 +133,15 @@ def model_of(spec: RunSpec) -> ModelConfig:
         model = ModelConfig.from_dict({**base, **values})
     except ModelConfigError as error:
         raise ConfigError(f"the run's model cannot be used: {error}") from None
-    if model.vocab_size < 256:
-        raise ConfigError(f"model.vocab_size = {model.vocab_size} is too small: text is read as bytes, so give 256")
     return model
+
+
+def tokenizer_of(spec: RunSpec, model: ModelConfig) -> Tokenizer:
+    """The tokenizer, whose tokens the model must know. Raises ConfigError, DataError."""
+    data = DataSection(tokenizer=None if spec.data.tokenizer == BYTES else Path(spec.data.tokenizer))
+    tokenizer = given_tokenizer(data)
+    check_vocabulary(tokenizer, model)
+    return tokenizer
 
 
 def manifest_of(spec: RunSpec, founder: Identity, now: float) -> tuple[Manifest, bytes, bytes]:
@@ -148,7 +157,7 @@ def manifest_of(spec: RunSpec, founder: Identity, now: float) -> tuple[Manifest,
     except ModelConfigError as error:
         raise ConfigError(f"the run's model cannot be cut: {error}") from None
     up, down = spec.codec.up, spec.codec.down
-    data = RunData(tokenizer=spec.data.tokenizer, text=spec.data.text, optimizer=spec.optimizer)
+    data = RunData(tokenizer=tokenizer_of(spec, model).name, text=spec.data.text, optimizer=spec.optimizer)
     try:
         manifest = Manifest(
             name=spec.name,

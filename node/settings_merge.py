@@ -73,10 +73,10 @@ def load_with_origins(
 
 
 def _from_systemd(root: type[Root], environ: Mapping[str, str]) -> Iterator[Setting]:
-    # systemd sets this for `StateDirectory=`; several folders are separated by colons and the first is the main one.
-    folder = environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if folder and root.STATE_DIRECTORY is not None:
-        yield Setting(root.STATE_DIRECTORY, folder, "STATE_DIRECTORY")
+    # It sets these for `StateDirectory=` and the like; several folders are separated by colons, the main one first.
+    for variable, path in root.SYSTEMD_FOLDERS.items():
+        if folder := environ.get(variable, "").split(":")[0]:
+            yield Setting(path, folder, variable)
 
 
 def _from_file(root: type[Root], file: Path) -> Iterator[Setting]:

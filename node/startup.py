@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import structlog
 
 from braniac.model.config import ModelConfig
 from braniac.model.data import Batches
-from braniac.model.sources import TextSource
+from braniac.model.sources import Corpus
 from braniac.model.trainer import Trainer, TrainSettings
 from braniac.node import bridge, checkpoint, consent, joiner, run_file
 from braniac.node.checkpoint import Saved, Totals, from_generation
@@ -19,11 +20,13 @@ from braniac.node.clock import Clock, SwarmClock
 from braniac.node.config import NodeConfig, RunSection
 from braniac.node.errors import ConfigError, Incompatible
 from braniac.node.exchange import Exchange
-from braniac.node.founding import choose_tier, found_run, free_memory_bytes, memory_left_bytes, train_settings
+from braniac.node.founding import found_run, train_settings
+from braniac.node.memory import choose_tier, free_memory_bytes, memory_left_bytes
 from braniac.node.metrics import Metrics
 from braniac.node.network import Network
 from braniac.node.replica import Replica
 from braniac.node.store import Store
+from braniac.node.text import given_tokenizer, keep_tokenizer, run_tokenizer, text_source
 from braniac.node.trainer_thread import TrainerThread
 from braniac.protocol.engine import Engine
 from braniac.protocol.history import History
@@ -96,7 +99,8 @@ async def join_run(node: Equipment) -> Membership:
                 "give --peers or a join link to find it"
             )
     else:
-        manifest, body, signature = found_run(node.config.run, node.identity, node.clock.wall())
+        tokenizer = given_tokenizer(node.config.data)
+        manifest, body, signature = found_run(node.config.run, node.identity, node.clock.wall(), tokenizer)
         signed = (body, signature)
     _check_pinned(node.config, manifest, None)
     log.info("founded a run", name=manifest.name, slot_s=manifest.slot_s)
@@ -136,7 +140,7 @@ async def _resume_time(node: Equipment, saved: Saved) -> None:
 
 def _check_data(config: NodeConfig) -> None:
     """Say at once that a path is wrong, not after the run was found. Raises ConfigError."""
-    for path in config.data.paths:
+    for path in config.data.files:
         if not path.exists():
             raise ConfigError(f"{path} does not exist: give the path of a text file or of a folder with some")
 
@@ -165,8 +169,7 @@ async def equip(node: Equipment, membership: Membership) -> AsyncIterator[tuple[
     model = bridge.model_of(manifest)
     settings = train_settings(node.config.train, manifest)
     tier = _tier(node.config, saved, model[0], settings)
-    source = TextSource(tuple(node.config.data.paths))
-    corpus = await asyncio.to_thread(source.load, model[0].vocab_size)
+    corpus = await _read_text(node.config, manifest, model[0])
     batches = Batches(corpus, manifest.seed, node.identity.peer_id, model[0].context, settings.batch)
     trainer = await asyncio.to_thread(Trainer, model[0], tier, batches, settings)
     if saved is not None:
@@ -202,11 +205,25 @@ async def equip(node: Equipment, membership: Membership) -> AsyncIterator[tuple[
         await asyncio.to_thread(thread.stop)
 
 
+async def _read_text(config: NodeConfig, manifest: Manifest, model: ModelConfig) -> Corpus:
+    """What this node trains on; the first time, that takes as long as tokenising it. Raises ConfigError, DataError."""
+    tokenizer = run_tokenizer(manifest, config.data, config.state.dir)
+    keep_tokenizer(config.state.dir, tokenizer)
+    leaving = threading.Event()
+    try:
+        source = text_source(config.data, tokenizer)
+        corpus = await asyncio.to_thread(source.load, model.vocab_size, lambda: not leaving.is_set())
+    finally:
+        leaving.set()  # a node that is told to leave meanwhile must not wait for the thread
+    for sentence in corpus.skipped:
+        log.warning("left out a shard", reason=sentence)
+    return corpus
+
+
 def _tier(config: NodeConfig, saved: Saved | None, model: ModelConfig, settings: TrainSettings) -> int:
-    """The tier on disk, or the one that fits."""
+    """The tier on disk if it fits, or one that does. Raises ConfigError, Incompatible, ResourceError."""
     wanted = config.train.tier
-    if saved is None:
-        return choose_tier(wanted, model, settings, free_memory_bytes(), memory_left_bytes(config.caps.memory_mib))
-    if wanted not in ("auto", saved.tier):
+    if saved is not None and wanted not in ("auto", saved.tier):
         raise Incompatible(f"{config.state.dir} holds tier {saved.tier}: drop --tier, or use another --state-dir")
-    return saved.tier
+    tier = wanted if saved is None else saved.tier
+    return choose_tier(tier, model, settings, free_memory_bytes(), memory_left_bytes(config.caps.memory_mib))

@@ -25,7 +25,7 @@ import structlog
 
 from braniac.node import offline
 from braniac.node import swarm_report as report
-from braniac.node.config import control_socket_path
+from braniac.node.config import DataSection, control_socket_path
 from braniac.node.control_client import ControlClient
 from braniac.node.control_pb2 import StatusReply
 from braniac.node.errors import NodeError, NotRunning
@@ -218,11 +218,12 @@ class Swarm:
 
     def _losses(self) -> dict[str, dict[str, float]]:
         """Held-out loss per tier: untrained, of the agreed weights, and of a node's own weights."""
+        data = DataSection()
         losses: dict[str, dict[str, float]] = {"start": {}, "end": {}, "own": {}}
         for peer in sorted(self.peers, key=lambda p: -p.tier):
             tier = (peer.tier,)
-            found = offline.evaluate(peer.state_dir, data=(), tiers=tier)
-            losses["start"][str(peer.tier)] = offline.initial_loss(peer.state_dir, data=(), tier=peer.tier)
+            found = offline.evaluate(peer.state_dir, data=data, tiers=tier)
+            losses["start"][str(peer.tier)] = offline.initial_loss(peer.state_dir, data=data, tier=peer.tier)
             losses["end"][str(peer.tier)] = found["agreed"][str(peer.tier)]
             losses["own"][str(peer.tier)] = found["own"][str(peer.tier)]
         return losses

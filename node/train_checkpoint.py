@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 
@@ -24,6 +25,7 @@ from braniac.model.checkpoint_files import read_json
 from braniac.model.errors import CheckpointError
 from braniac.model.hf import load_folder, save_folder
 from braniac.model.sources import Corpus
+from braniac.model.tokenizer import BYTES, Tokenizer
 from braniac.model.trainer import Trainer
 from braniac.node.errors import Incompatible
 
@@ -47,10 +49,13 @@ def newest(out: Path) -> Path | None:
     return folders[max(folders)] if folders else None
 
 
-def save(trainer: Trainer, out: Path, tokens: int, settings: Mapping[str, object]) -> Path:
+def save(
+    trainer: Trainer, out: Path, tokens: int, settings: Mapping[str, object], tokenizer: Tokenizer | None = None
+) -> Path:
     """Write the trainer's checkpoint, then remove all but the last two. Raises CheckpointError.
 
-    `tokens` is what it has trained on so far, `settings` what a training that goes on from it must have too.
+    `tokens` is what it has trained on so far, `settings` what a training that goes on from it must have too. The files
+    of the tokenizer go along.
     """
     progress = {
         "step": trainer.step_count,
@@ -61,7 +66,7 @@ def save(trainer: Trainer, out: Path, tokens: int, settings: Mapping[str, object
     memory = {name: tensor for name, tensor in trainer.state()[0].items() if name not in trainer.params}
     files = {STATE_NAME: safetensors.torch.save(memory), PROGRESS_NAME: json.dumps(progress, indent=2).encode()}
     target = folder_of(out, trainer.step_count)
-    save_folder(trainer.model, target, beside=files, overwrite=True)
+    save_folder(trainer.model, target, tokenizer=tokenizer, beside=files, overwrite=True)
     folders = _folders(out)
     for step in sorted(folders)[:-_KEPT]:
         _remove(folders[step])
@@ -122,7 +127,9 @@ def _text(corpus: Corpus) -> str:
     sides = corpus.train, corpus.held_out
     digest = hashlib.sha256()
     for tokens in itertools.chain(*sides):
-        digest.update(tokens[:: max(1, len(tokens) // _SAMPLES)].astype("<u2").tobytes())
+        samples = tokens[:: max(1, len(tokens) // _SAMPLES)]
+        digest.update(samples.astype(np.promote_types(samples.dtype, "<u2")).tobytes())
+    corpus.release()
     train, held_out = (sum(len(tokens) for tokens in side) for side in sides)
     return f"{train} tokens to train on, {held_out} held out, digest {digest.hexdigest()[:16]}"
 
@@ -135,7 +142,11 @@ def _count(folder: Path, progress: Mapping[str, object], key: str) -> int:
 
 
 def _check_same(folder: Path, saved: Mapping[str, object], present: Mapping[str, object]) -> None:
-    saved = {"train.precision": "fp32", **saved}  # what checkpoints before there was a choice do not say
+    saved = {
+        "train.precision": "fp32",
+        "data.tokenizer": BYTES,
+        **saved,
+    }  # what checkpoints before there was a choice do not say
     for key in sorted(saved.keys() | present.keys()):
         then, now = saved.get(key), present.get(key)
         if then != now:

@@ -20,14 +20,15 @@ from braniac.model.evaluate import held_out_loss
 from braniac.model.hf import load_tier
 from braniac.model.objective import Term
 from braniac.model.optim import copy_checked
-from braniac.model.sources import TextSource
 from braniac.model.tiers import parameter_count, tier_width
-from braniac.model.trainer import StepResult, Trainer, memory_bytes_needed
+from braniac.model.tokenizer import BYTES, Tokenizer
+from braniac.model.trainer import StepResult, Trainer
 from braniac.node import train_checkpoint
 from braniac.node.commands import table_text
-from braniac.node.errors import ConfigError, ResourceError
-from braniac.node.founding import free_memory_bytes
+from braniac.node.errors import ConfigError
 from braniac.node.lock import DirectoryLock
+from braniac.node.memory import check_fits, free_memory_bytes
+from braniac.node.text import folder_tokenizer, given_tokenizer, text_source
 from braniac.node.train_config import TrainConfig
 
 _PEER = b"alone"  # decides, with the seed, which text a step reads and which widths it draws
@@ -42,8 +43,8 @@ def train(
     `say` gets a line of progress now and then, `clock` tells seconds. SIGINT and SIGTERM end the training after the
     step in hand, with a checkpoint. Raises NodeError and ModelError.
     """
-    trainer = _trainer(config)
-    training = Training(config, trainer, say, clock)
+    trainer, tokenizer = _trainer(config, say)
+    training = Training(config, trainer, tokenizer, say, clock)
     out = config.out.dir
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -63,26 +64,24 @@ def train(
         lock.release()
 
 
-def _trainer(config: TrainConfig) -> Trainer:
-    """The trainer at its first step."""
-    tier, section = config.train.tier, config.model
-    start = None if section.folder is None else load_tier(section.folder, tier, context=section.context)[0]
+def _trainer(config: TrainConfig, say: Callable[[str], None]) -> tuple[Trainer, Tokenizer | None]:
+    """The trainer at its first step, and what text is read with."""
+    tier, section, folder = config.train.tier, config.model, config.model.folder
+    start = None if folder is None else load_tier(folder, tier, context=section.context)[0]
     model = section.build() if start is None else start.config
+    tokenizer = given_tokenizer(config.data) if folder is None else folder_tokenizer(folder, model, config.data)
     settings = config.settings(model)
-    needed, free = memory_bytes_needed(model, tier, settings), free_memory_bytes()
-    if needed > free:
-        raise ResourceError(
-            f"training tier {tier} takes {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free: "
-            "set train.checkpoint_layers=true, a smaller train.batch or a higher train.tier"
-        )
+    check_fits(model, tier, settings, free_memory_bytes())
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    corpus = TextSource(config.data.paths).load(model.vocab_size)
+    corpus = text_source(config.data, tokenizer).load(model.vocab_size)
+    for sentence in corpus.skipped:
+        say(f"left out a shard: {sentence}")
     trainer = Trainer(model, tier, Batches(corpus, settings.seed, _PEER, model.context, settings.batch), settings)
     if start is not None:
         held = {name: p.to(trainer.params[name].dtype) for name, p in start.named_parameters()}
         copy_checked(trainer.params, held)
-    return trainer
+    return trainer, tokenizer
 
 
 class StopSignals:
@@ -136,17 +135,26 @@ class Training:
     """A trainer on its way to the last step: what it has measured and saved so far."""
 
     def __init__(
-        self, config: TrainConfig, trainer: Trainer, say: Callable[[str], None], clock: Callable[[], float]
+        self,
+        config: TrainConfig,
+        trainer: Trainer,
+        tokenizer: Tokenizer | None,
+        say: Callable[[str], None],
+        clock: Callable[[], float],
     ) -> None:
         """Raises DataError if too little text is held out to evaluate on."""
         self.config = config
         self.trainer = trainer
+        self.tokenizer = tokenizer
         self.checkpoint: Path | None = None
         self.tokens = 0
         self._say = say
         self._clock = clock
         start = config.model.folder
-        self._settings = train_checkpoint.settings_of(trainer) | {"model.folder": start and str(start)}
+        self._settings = train_checkpoint.settings_of(trainer) | {
+            "model.folder": start and str(start),
+            "data.tokenizer": BYTES if tokenizer is None else tokenizer.name,
+        }
         self._windows = trainer.batches.held_out(_WINDOWS)  # now, lest it fail after hours
         self._interval, self._session_tokens, self._session_seconds = Interval(), 0, 0.0
         self._train_loss: dict[str, float] = {}
@@ -215,7 +223,9 @@ class Training:
         self._say(f"step {trainer.step_count}  held-out loss {_losses_text(named)}")
 
     def _save(self) -> None:
-        self.checkpoint = train_checkpoint.save(self.trainer, self.config.out.dir, self.tokens, self._settings)
+        self.checkpoint = train_checkpoint.save(
+            self.trainer, self.config.out.dir, self.tokens, self._settings, self.tokenizer
+        )
 
     def result(self) -> dict[str, Any]:
         """How it went, ready for JSON; losses are in nats per token (per byte, for text)."""

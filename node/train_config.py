@@ -45,7 +45,7 @@ class ModelSection(Section):
     intermediate_size: int | None = None
     """FFN neurons of the widest tier."""
     vocab_size: int | None = None
-    """Distinct tokens: 256 for text, which is read as bytes; more for .bin shards."""
+    """Distinct tokens: 256 for text that is read as bytes; at least as many as `data.tokenizer` or .bin shards have."""
     context: int | None = None
     """Tokens in a training window."""
     matformer_factor: int | None = None
@@ -165,7 +165,7 @@ class TrainConfig(Root):
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
-    data: DataSection = DataSection()
+    data: DataSection = Field(default_factory=DataSection)
     out: OutSection = OutSection()
 
     def steps(self, model: ModelConfig) -> int:

@@ -26,7 +26,7 @@ from braniac.node.daily_meter import DailyMeter
 from braniac.node.errors import ResourceError
 from braniac.node.exchange import BlobUnavailable, Exchange
 from braniac.node.files import Files
-from braniac.node.founding import choose_tier, memory_left_bytes
+from braniac.node.memory import choose_tier, memory_left_bytes
 from braniac.node.metrics import Metrics
 from braniac.node.store import Store
 from braniac.node.throttle import Throttle, TokenBucket, ack_bytes, wire_bytes
@@ -439,9 +439,9 @@ def test_the_tier_that_the_memory_cap_allows(wanted: Tier, left: int | None, tie
 
 @pytest.mark.parametrize(("wanted", "left"), [("auto", NEEDS[3] - 1), ("auto", -5), (2, NEEDS[2] - 1)])
 def test_a_cap_too_small_for_a_tier_names_itself(wanted: Tier, left: int) -> None:
-    with pytest.raises(ResourceError, match=r"caps\.memory_mib|raise caps"):
+    with pytest.raises(ResourceError, match=r"caps\.memory_mib leaves \d+ MiB: .*, or raise caps\.memory_mib$"):
         choose_tier(wanted, TINY, TrainSettings(), 100 * NEEDS[0], left)
-    with pytest.raises(ResourceError, match="close other programs"):
+    with pytest.raises(ResourceError, match="0 MiB may be used: not even batch 1 fits at any tier, so close other"):
         choose_tier("auto", TINY, TrainSettings(), 0, 100 * NEEDS[0])
 
 

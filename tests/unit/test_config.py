@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from braniac.node.config import NodeConfig, default_state_dir
+from braniac.node.config import NodeConfig, default_cache_dir, default_state_dir
 from braniac.node.errors import ConfigError
 from braniac.node.settings_merge import load_config, render_toml
 
@@ -50,6 +50,11 @@ def test_each_layer_wins_over_the_ones_below(tmp_path: Path) -> None:
     assert (config.train.batch, config.train.threads, config.train.nice, config.run.seed) == (2, 3, 4, 5)
     assert config.data.paths == (Path("a b"),)
     assert config.train.tier == "auto"
+
+
+def test_systemds_cache_directory_holds_the_tokens() -> None:
+    assert load(environ={"CACHE_DIRECTORY": "/var/cache/braniac"}).data.cache_dir == Path("/var/cache/braniac")
+    assert load().data.cache_dir == default_cache_dir()
 
 
 def test_systemds_state_directory_yields_to_every_explicit_choice(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from braniac.node.cli import main
 from braniac.node.doctor import Finding, Severity, exit_code, findings
 from braniac.node.facts import DaemonFact, Facts, ListenFact
 from braniac.node.lock import DirectoryLock
+from braniac.node.memory import Fit
 from braniac.node.sensors import Sample
 
 MIB = 1 << 20
@@ -71,6 +72,9 @@ def test_when_all_is_well_there_are_only_notes() -> None:
         ({"socket_there": True}, "stale_socket", Severity.NOTE, "was left by a node that was killed"),
         ({"memory_free_bytes": 400 * MIB}, "memory", Severity.NOTE, "the largest that fits is tier 1"),
         ({"memory_free_bytes": 100 * MIB}, "memory", Severity.ERROR, "tier 0 419.4 MB, tier 1 209.7 MB"),
+        ({"memory_cap_bytes": 100 * MIB}, "memory", Severity.ERROR, "free, caps.memory_mib allows 104.9 MB;"),
+        ({"memory_free_bytes": 399 * MIB, "memory_tier": 0}, "memory", Severity.ERROR, "418.4 MB of memory are free"),
+        ({"memory_free_bytes": 400 * MIB, "memory_tier": 0}, "memory", Severity.OK, "419.4 MB of memory are free"),
         ({"sensors_missing": ("plugged", "idle_s")}, "sensors_missing", Severity.NOTE, "plugged, idle_s"),
         ({"p2pd_trouble": "no such file"}, "p2pd", Severity.ERROR, "no such file"),
         ({"listen": (ListenFact(address="/ip4/0.0.0.0/tcp/1", trouble="port 1 is in use: stop it"),)}, "listen",
@@ -93,6 +97,13 @@ def test_a_fault_is_found(changes: dict[str, Any], code: str, severity: Severity
     found = judged(**changes)
     assert found[code].severity is severity
     assert wanted in found[code].sentence
+
+
+def test_sizes_that_fit_are_the_remedy() -> None:
+    sizes = (Fit(0, 2, 128), Fit(1, 5, 128))
+    found = judged(memory_free_bytes=100 * MIB, memory_fits=sizes)["memory"]
+    assert found.remedy == "what fits is batch 2 with context 128 at tier 0, or batch 5 with context 128 at tier 1"
+    assert "close other programs" in judged(memory_free_bytes=100 * MIB)["memory"].remedy
 
 
 def test_what_could_not_be_found_out_is_no_fault() -> None:

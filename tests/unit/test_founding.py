@@ -1,22 +1,23 @@
-"""Founding a run, and the tier that fits the memory of a machine."""
+"""Founding a run, and how a node trains in it."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from braniac.model.config import PRESETS
-from braniac.model.trainer import TrainSettings, memory_bytes_needed
+from braniac.model.tokenizer import FileTokenizer
+from braniac.model.trainer import TrainSettings
 from braniac.node import bridge
-from braniac.node.config import RunSection, Tier, TrainSection
-from braniac.node.errors import ConfigError, ResourceError
-from braniac.node.founding import RECIPES, choose_tier, found_run, free_memory_bytes, train_settings
+from braniac.node.config import RunSection, TrainSection
+from braniac.node.errors import ConfigError
+from braniac.node.founding import RECIPES, found_run, train_settings
+from braniac.node.run_data import run_data
 from braniac.protocol.manifest import open_manifest
 from tests.unit.node_harness import EPOCH_S, identity
-
-CONFIG = PRESETS["tiny"]
-NEEDS = [memory_bytes_needed(CONFIG, tier, TrainSettings()) for tier in range(CONFIG.tiers)]
+from tests.unit.texts import write_tokenizer
 
 
 def test_a_founded_run_can_be_opened_by_anybody() -> None:
@@ -25,7 +26,7 @@ def test_a_founded_run_can_be_opened_by_anybody() -> None:
     assert manifest.slot_at(EPOCH_S) == 0
     assert (manifest.name, manifest.seed, manifest.founder) == ("mine", 5, identity(0).peer_id)
     assert manifest.slot_s == RECIPES["tiny"].slot_s
-    assert bridge.model_of(manifest)[0] == CONFIG
+    assert bridge.model_of(manifest)[0] == PRESETS["tiny"]
     again = found_run(RunSection(name="mine", seed=5), identity(0), EPOCH_S + 1)[0]
     assert again.run_id != manifest.run_id  # two runs, even of one founder with the same settings
 
@@ -52,39 +53,12 @@ def test_every_node_of_a_run_trains_with_its_seed() -> None:
     assert train_settings(TrainSection(learning_rate=0.5), manifest).learning_rate == 0.5
 
 
-@pytest.mark.parametrize(
-    ("wanted", "free", "tier"),
-    [
-        ("auto", 10 * NEEDS[0], 0),
-        ("auto", int(NEEDS[1] / 0.8) + 1, 1),
-        ("auto", int(NEEDS[0] / 0.8) - 1, 1),  # a fifth is left to the person whose device it is
-        ("auto", int(NEEDS[3] / 0.8) + 1, 3),
-        (0, NEEDS[0], 0),  # who insists may have all
-        (3, 10 * NEEDS[0], 3),
-    ],
-)
-def test_the_tier_that_is_chosen(wanted: Tier, free: int, tier: int) -> None:
-    assert choose_tier(wanted, CONFIG, TrainSettings(), free) == tier
-
-
-@pytest.mark.parametrize(
-    ("wanted", "free", "sentence"),
-    [
-        ("auto", NEEDS[3], "close other programs"),
-        ("auto", -5, "close other programs"),
-        (0, NEEDS[0] - 1, "use --tier auto"),
-    ],
-)
-def test_a_tier_that_does_not_fit(wanted: Tier, free: int, sentence: str) -> None:
-    with pytest.raises(ResourceError, match=sentence):
-        choose_tier(wanted, CONFIG, TrainSettings(), free)
-
-
-def test_a_tier_that_the_run_does_not_have() -> None:
-    two_tiers = dataclasses.replace(CONFIG, matformer_factor=2)
-    with pytest.raises(ConfigError, match="no tier 3: choose one from 0 to 1"):
-        choose_tier(3, two_tiers, TrainSettings(), 1 << 40)
-
-
-def test_some_memory_is_free() -> None:
-    assert 0 < free_memory_bytes() < 1 << 50
+def test_a_run_names_its_tokenizer_and_its_model_knows_all_tokens(tmp_path: Path) -> None:
+    assert run_data(found_run(RunSection(), identity(0), EPOCH_S)[0]).tokenizer == "bytes"
+    tokenizer = FileTokenizer.read(write_tokenizer(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        ConfigError, match=r"vocab_size = 256 is too small: the tokenizer has more tokens, .* least 400"
+    ):
+        found_run(RunSection(), identity(0), EPOCH_S, tokenizer)
+    large = found_run(RunSection(preset="nano-124m"), identity(0), EPOCH_S, tokenizer)[0]
+    assert run_data(large).tokenizer == tokenizer.name

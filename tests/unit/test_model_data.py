@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from braniac.model.data import Batches
 from braniac.model.errors import DataError
 from braniac.model.sources import Corpus, TextSource
 from braniac.model.tokenizer import SEPARATOR, ByteTokenizer
+from tests.unit.texts import windows_hash, write_shard, write_texts
 
 
 def corpus_of(*lengths: int) -> Corpus:
@@ -21,10 +23,22 @@ def corpus_of(*lengths: int) -> Corpus:
     return Corpus("numbers", arrays, arrays)
 
 
-def write_shard(path: Path, tokens: list[int], magic: int = 20240520, version: int = 1, extra: int = 0) -> None:
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(tokens) + extra
-    path.write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes())
+Load = Callable[..., Corpus]
+
+
+@pytest.fixture
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def load(cache_dir: Path) -> Load:
+    """Reads paths as a model of 256 tokens does, unless told otherwise."""
+
+    def load(*paths: Path, vocab_size: int = 256) -> Corpus:
+        return TextSource(cache_dir, paths).load(vocab_size)
+
+    return load
 
 
 def test_a_batch_is_a_pure_function_of_seed_peer_and_step() -> None:
@@ -73,15 +87,15 @@ def test_too_little_held_out_text_is_refused() -> None:
         batches.held_out(4)
 
 
-def test_the_standard_library_is_there_and_split() -> None:
-    corpus = TextSource().load(256)
+def test_the_standard_library_is_there_and_split(load: Load) -> None:
+    corpus = load()
     (train,), (held_out,) = corpus.train, corpus.held_out
     assert len(train) > 3_000_000
     assert 0.02 < len(held_out) / len(train) < 0.15
     assert b"import" in train[:100_000].tobytes()
 
 
-def test_folders_are_split_by_the_hash_of_the_relative_path(tmp_path: Path) -> None:
+def test_folders_are_split_by_the_hash_of_the_relative_path(tmp_path: Path, load: Load) -> None:
     for i in range(100):
         path = tmp_path / f"sub{i % 3}" / f"{i}.txt"
         path.parent.mkdir(exist_ok=True)
@@ -89,83 +103,79 @@ def test_folders_are_split_by_the_hash_of_the_relative_path(tmp_path: Path) -> N
     (tmp_path / "picture.png").write_bytes(b"no text")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "a.txt").write_text("hidden")
-    corpus = TextSource((tmp_path,)).load(256)
+    corpus = load(tmp_path)
     expected = {str(i) for i in range(100) if hashlib.sha256(f"sub{i % 3}/{i}.txt".encode()).digest()[0] % 16 == 0}
     found = ByteTokenizer().decode(corpus.held_out[0].tolist()).strip("<>").split("><")
     assert set(found) == expected
     assert len(ByteTokenizer().decode(corpus.train[0].tolist()).split("><")) == 100 - len(expected)
 
 
-def test_a_single_file_gives_its_last_sixteenth(tmp_path: Path) -> None:
+def test_a_single_file_gives_its_last_sixteenth(tmp_path: Path, load: Load) -> None:
     path = tmp_path / "book.anything"
     path.write_bytes(bytes(range(32, 127)) * 16)
-    corpus = TextSource((path,)).load(256)
+    corpus = load(path)
     assert len(corpus.train[0]) + len(corpus.held_out[0]) == 95 * 16 + 1
     assert len(corpus.held_out[0]) == 95
     assert corpus.held_out[0][-1] == SEPARATOR
 
 
-def test_text_that_is_not_utf8_cannot_forge_a_separator(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_cannot_forge_a_separator(tmp_path: Path, load: Load) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes(b"a\xffb" * 100)
-    corpus = TextSource((path,)).load(256)
+    corpus = load(path)
     everything = np.concatenate((*corpus.train, *corpus.held_out))
     assert (everything == SEPARATOR).sum() == 1
 
 
-def test_jsonl_lines_are_documents(tmp_path: Path) -> None:
+def test_jsonl_lines_are_documents(tmp_path: Path, load: Load) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"line {i}", "id": i}) + "\n\n" for i in range(4)))
-    corpus = TextSource((path,)).load(256)
+    corpus = load(path)
     everything = np.concatenate((*corpus.train, *corpus.held_out)).tobytes()
     assert everything == b"line 0\xffline 1\xffline 2\xffline 3\xff"
 
 
 @pytest.mark.parametrize(("line", "sentence"), [("{", "line 2 is not JSON"), ("[1]", 'line 2 lacks "text"')])
-def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: str, sentence: str) -> None:
+def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: str, sentence: str, load: Load) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line)
     with pytest.raises(DataError, match=sentence):
-        TextSource((path,)).load(256)
+        load(path)
 
 
-def test_shards_are_mapped_and_never_joined(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.bin", list(range(32)))
-    write_shard(tmp_path / "b.bin", list(range(1000, 1064)))
-    corpus = TextSource((tmp_path / "a.bin", tmp_path / "b.bin")).load(50304)
-    assert [len(tokens) for tokens in corpus.train] == [30, 60]
-    assert all(isinstance(tokens, np.memmap) for tokens in corpus.train)
-    assert corpus.held_out[1].tolist() == [1060, 1061, 1062, 1063]
-    tokens, _ = Batches(corpus, 0, b"", context=8, batch=4).batch(0)
-    assert tokens.shape == (4, 8)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [({"magic": 5}, "magic 5 in its header"), ({"version": 2}, "version 2"), ({"extra": 1}, "token count 4 in its")],
-)
-def test_a_bad_shard_header_is_named(tmp_path: Path, change: dict[str, int], sentence: str) -> None:
-    write_shard(tmp_path / "a.bin", [1, 2, 3], **change)
-    with pytest.raises(DataError, match=rf"a\.bin has {sentence}"):
-        TextSource((tmp_path / "a.bin",)).load(256)
-
-
-def test_a_truncated_shard_and_an_empty_one(tmp_path: Path) -> None:
-    (tmp_path / "a.bin").write_bytes(b"short")
-    with pytest.raises(DataError, match="has 5 bytes"):
-        TextSource((tmp_path / "a.bin",)).load(256)
-    write_shard(tmp_path / "a.bin", [])
-    assert len(TextSource((tmp_path / "a.bin",)).load(256).train[0]) == 0
-
-
-def test_a_token_beyond_the_vocabulary_is_refused_with_the_files_name(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.bin", [1, 300, 3])
-    with pytest.raises(DataError, match=r"a\.bin holds token 300: this model's vocabulary ends at 255"):
-        TextSource((tmp_path / "a.bin",)).load(256)
-
-
-def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
+def test_paths_that_lead_nowhere_are_refused(tmp_path: Path, load: Load) -> None:
     with pytest.raises(DataError, match="nowhere does not exist"):
-        TextSource((tmp_path / "nowhere",)).load(256)
+        load(tmp_path / "nowhere")
     with pytest.raises(DataError, match="no readable text files"):
-        TextSource((tmp_path,)).load(256)
+        load(tmp_path)
+
+
+# --- what a peer reads stays what it reads ---------------------------------------------------------------------------
+
+GOLDEN = {
+    "folder": "a9d4904f4a2d75d4",
+    "file": "baedf6a411169c61",
+    "jsonl": "7698dadfde9cac5b",
+    "files": "888f1076121a7191",
+    "shards": "a4855245b4e430b1",
+    "mixed": "a44739b455c3daeb",
+    "tails": "925ff387981ce070",
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_the_windows_of_a_peer_never_change(case: str, tmp_path: Path, load: Load) -> None:
+    folder, a, b = tmp_path / "folder", tmp_path / "a.bin", tmp_path / "b.bin"
+    write_texts(folder)
+    write_shard(a, [i * i % 251 for i in range(300)])
+    write_shard(b, [i * 7 % 256 for i in range(100)])
+    paths = {
+        "folder": (folder,),
+        "file": (folder / "latin.txt",),
+        "jsonl": (folder / "records.jsonl",),
+        "files": (folder / "part0" / "33.txt", folder / "records.jsonl", folder / "empty.txt"),
+        "shards": (a, b),
+        "mixed": (a, folder, b),
+        "tails": (b, folder / "latin.txt"),
+    }
+    assert windows_hash(load(*paths[case])) == GOLDEN[case]

@@ -16,7 +16,6 @@ from braniac.model.evaluate import held_out_loss
 from braniac.model.ffn import MatFormerFFN
 from braniac.model.gpt import GPT
 from braniac.model.tiers import WidthMap, is_gain, is_sliced, layer_of, parameter_shapes, rows_at
-from braniac.model.tokenizer import SEPARATOR, ByteTokenizer
 
 SMALL = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, context=16)
 LLAMA = dataclasses.replace(SMALL, family="llama", num_attention_heads=4, num_key_value_heads=2)
@@ -213,11 +212,3 @@ def test_generation_at_a_width_equals_generation_by_that_tier() -> None:
 def test_generation_refuses_what_it_cannot_use(prompt: list[int], temperature: float, top_k: int | None) -> None:
     with pytest.raises(ModelError):
         list(generate(random_model(), prompt, 1, generator=torch.Generator(), temperature=temperature, top_k=top_k))
-
-
-def test_byte_tokenizer() -> None:
-    tokenizer = ByteTokenizer()
-    assert tokenizer.decode(tokenizer.encode("naïve 🐍\n")) == "naïve 🐍\n"
-    assert tokenizer.decode([*b"a", SEPARATOR, *b"b"]) == "ab"
-    assert tokenizer.decode([0xC3]) == "�"
-    assert tokenizer.encode("\ud800") == [ord("?")]

@@ -14,6 +14,7 @@ from braniac.model.errors import CheckpointError
 from braniac.model.evaluate import held_out_loss
 from braniac.model.hf import save_folder
 from braniac.node import offline
+from braniac.node.config import DataSection
 from braniac.node.errors import ConfigError, StateError
 from tests.unit.node_harness import CONFIG, EPOCH_S, SETTINGS, TEXT, blob_files, make_trainer, write_run
 from tests.unit.solo_node import MANIFEST, Node
@@ -46,7 +47,7 @@ def state_dir(tmp_path: Path) -> Path:
 
 
 def generated(state_dir: Path, **changes: object) -> str:
-    wanted = {"tokens": 20, "temperature": 0.8, "top_k": None, "seed": 3, "tier": None} | changes
+    wanted = {"tokens": 20, "temperature": 0.8, "top_k": None, "seed": 3, "tier": None, "data": DataSection()} | changes
     return "".join(offline.generate(state_dir, "the quick ", **wanted))  # type: ignore[arg-type]
 
 
@@ -89,15 +90,15 @@ def test_smaller_tiers_can_be_asked(state_dir: Path) -> None:
 
 
 def test_the_loss_of_own_and_agreed_weights(state_dir: Path, text: Path) -> None:
-    report = offline.evaluate(state_dir, data=(text,), tiers=None)
+    report = offline.evaluate(state_dir, data=DataSection(paths=(text,)), tiers=None)
     assert set(report["own"]) == set(report["agreed"]) == {"0", "1", "2", "3"}
     assert report["run_id"] == MANIFEST.run_id.hex()
-    initial = offline.initial_loss(state_dir, data=(text,), tier=0)
+    initial = offline.initial_loss(state_dir, data=DataSection(paths=(text,)), tier=0)
     assert initial == pytest.approx(math.log(CONFIG.vocab_size), abs=0.01)
     assert report["own"]["0"] < initial - 1
     assert report["agreed"]["0"] < initial - 0.2  # not everything was merged, but something
     assert report["agreed"]["0"] != report["own"]["0"]
-    assert set(offline.evaluate(state_dir, data=(text,), tiers=(2,))["own"]) == {"2"}
+    assert set(offline.evaluate(state_dir, data=DataSection(paths=(text,)), tiers=(2,))["own"]) == {"2"}
 
 
 def test_own_weights_are_those_that_were_trained(state_dir: Path) -> None:
@@ -120,7 +121,7 @@ def test_a_running_daemon_is_not_disturbed(tmp_path: Path, text: Path) -> None:
         for _ in range(4):
             await node.slot()
         before = blob_files(root)
-        assert offline.evaluate(root, data=(text,), tiers=(0,))["step"] > 2
+        assert offline.evaluate(root, data=DataSection(paths=(text,)), tiers=(0,))["step"] > 2
         assert blob_files(root) == before
         await node.slot()
         await asyncio.to_thread(node.close)
@@ -142,7 +143,7 @@ def test_an_empty_directory(tmp_path: Path, text: Path) -> None:
         with pytest.raises(StateError, match="start a node there"):
             generated(state_dir)
         with pytest.raises(StateError, match="start a node there"):
-            offline.evaluate(state_dir, data=(text,), tiers=None)
+            offline.evaluate(state_dir, data=DataSection(paths=(text,)), tiers=None)
     assert not (tmp_path / "absent").exists()
 
 

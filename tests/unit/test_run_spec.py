@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from braniac.model.config import PRESETS, ModelConfig
+from braniac.model.errors import DataError
+from braniac.model.tokenizer import FileTokenizer
 from braniac.model.trainer import TrainSettings
 from braniac.node import bridge, run_file
 from braniac.node.cli import main
@@ -26,6 +28,7 @@ from braniac.protocol.errors import VersionMismatch
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest, open_manifest, sign_manifest
 from tests.unit.node_harness import CONFIG, EPOCH_S, identity
+from tests.unit.texts import write_tokenizer
 
 MINIMAL = {"name": "mine", "model": {"preset": "tiny"}}
 
@@ -87,6 +90,17 @@ def test_the_optimizer_recipe_is_what_joiners_train_with() -> None:
     assert (own.learning_rate, own.weight_decay) == (0.5, 0.1)
 
 
+def test_a_tokenizer_is_named_by_its_hash(tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path / "tokenizer.json")
+    model = {"preset": "tiny", "vocab_size": 448}
+    assert run_data(manifest(model=model, data={"tokenizer": str(file)})).tokenizer == FileTokenizer.read(file).name
+    assert run_data(manifest()).tokenizer == "bytes"
+    with pytest.raises(ConfigError, match="vocab_size = 256 is too small: the tokenizer has more tokens"):
+        manifest(data={"tokenizer": str(file)})
+    with pytest.raises(DataError, match="the tokenizer gpt2 cannot be read"):
+        manifest(data={"tokenizer": "gpt2"})
+
+
 def test_a_model_of_ones_own_needs_a_pace_of_its_own(tmp_path: Path) -> None:
     model = {key: value for key, value in CONFIG.to_dict().items() if value != getattr(_defaults(), key, None)}
     pace = {"slot_s": 1.0, "fragments": 5, "codec": {"up": {"per_tile": 512}, "down": {"per_tile": 2048}}}
@@ -114,7 +128,6 @@ def test_toml_says_the_same_as_yaml(tmp_path: Path) -> None:
         ("name: x\nmodel: {preset: tiny}\noptimizer: {learning_rte: 1}", "did you mean 'learning_rate'?"),
         ("name: x\nmodel: {preset: tiny}\nadmission: {proof: work}", "unknown key 'admission.proof'"),
         ("name: x\nmodel: {preset: tiny}\nadmission: {who: friends}", "expected 'anybody'"),
-        ("name: x\nmodel: {preset: tiny}\ndata: {tokenizer: gpt2}", "expected 'bytes'"),
         ('name: x\nmodel: {preset: tiny}\ndata: {text: "a\\eb"}', "expected one line of printable characters"),
         ("name: x\nmodel: {preset: huge}", 'model.preset = "huge" is no preset: choose one of tiny, small'),
         ("name: x\nmodel: {preset: tiny, num_layers: 4}", "has no key 'num_layers'"),
@@ -159,7 +172,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     ("data", "wanted"),
     [
         ({"tokenizer": "bytes", "curriculum": "hard"}, "'curriculum' is unknown to"),
-        ({"tokenizer": "gpt2"}, "'tokenizer' is not 'bytes' for"),
+        ({"tokenizer": "gpt2"}, "'tokenizer' is not 'bytes' or the SHA-256 of a tokenizer's file for"),
         ({"optimizer": {"learning_rate": 1e9}}, "'optimizer.learning_rate' is not"),
         ({"optimizer": {"learning_rate": float("nan")}}, "'optimizer.learning_rate' is not"),
         ({"optimizer": {"learning_rate": "fast"}}, "'optimizer.learning_rate' is not"),

@@ -183,7 +183,7 @@ async def test_late(swarm: Swarm) -> None:
     for daemon in (small, founder):
         daemon.leave()
         await swarm.ended(daemon)
-    report = offline.evaluate(swarm.root / "n1", data=(swarm.root / "text.txt",), tiers=None)
+    report = offline.evaluate(swarm.root / "n1", data=DataSection(paths=(swarm.root / "text.txt",)), tiers=None)
     assert set(report["agreed"]) == {"3"}
 
 

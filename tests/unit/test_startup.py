@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
+from braniac.model.errors import DataError
+from braniac.model.sources import Corpus
+from braniac.model.tokenizer import FileTokenizer
 from braniac.node import identity_file, run_file
 from braniac.node.clock import FakeClock, SwarmClock
 from braniac.node.config import DataSection, NetworkSection, NodeConfig, RunSection, StateSection, TrainSection
@@ -19,11 +24,13 @@ from braniac.node.network import Network
 from braniac.node.p2pd import P2pdOptions
 from braniac.node.startup import Equipment, equip, join_run
 from braniac.node.store import Store
+from braniac.node.text import run_tokenizer
 from braniac.node.transport_memory import MemoryNetwork, MemoryTransport
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest, sign_manifest
-from tests.unit.node_harness import EPOCH_S, TEXT, identity, make_manifest, write_run
+from tests.unit.node_harness import CONFIG, EPOCH_S, TEXT, identity, make_manifest, write_run
+from tests.unit.texts import write_shard, write_tokenizer
 
 
 class Starter:
@@ -262,3 +269,51 @@ async def test_a_run_file_pins_the_run_that_peers_may_offer(starter: Starter) ->
     node = await Door(starter, RunSection(file=path)).open(make_manifest(identity(7)), identity(7))
     with pytest.raises(Incompatible, match="check --run, --peers"):
         await join_run(node)
+
+
+async def test_a_runs_tokenizer_must_be_brought_once(starter: Starter) -> None:
+    founder, file = identity(7), write_tokenizer(starter.root / "given.json")
+    plain = make_manifest(founder, config=dataclasses.replace(CONFIG, vocab_size=448))
+    manifest = dataclasses.replace(plain, data={"tokenizer": FileTokenizer.read(file).name})
+    node = await Door(starter).open(manifest, founder)
+    membership = await join_run(node)
+
+    async def start(tokenizer: Path | None) -> Corpus:
+        data = DataSection(paths=node.config.data.paths, tokenizer=tokenizer)
+        node.config = node.config.model_copy(update={"data": data})
+        async with equip(node, membership) as (replica, _):
+            return await replica.trainer.call(lambda trainer: trainer.batches.corpus)
+
+    with pytest.raises(
+        DataError, match=r"text\.txt is text, and this model's tokenizer is not here: set data\.tokeniz"
+    ):
+        await start(None)
+    with pytest.raises(
+        ConfigError, match=r"other\.json is not the tokenizer of this run \(sha256:.*\): ask its founder"
+    ):
+        await start(write_tokenizer(starter.root / "other.json", vocab_size=300))
+    first, kept = await start(file), await start(None)
+    assert first.train[0].tolist() == kept.train[0].tolist()
+    assert int(first.train[0].max()) > 255
+    with pytest.raises(ConfigError, match="this run reads text as bytes: drop data"):
+        run_tokenizer(make_manifest(founder), node.config.data.model_copy(update={"tokenizer": file}), starter.root)
+
+
+async def test_a_bad_shard_is_refused_or_left_out(starter: Starter) -> None:
+    write_run(starter.root / "n0", 1000, epoch_s=EPOCH_S)
+    write_shard(starter.root / "bad.bin", [999])
+    for choice in ("refuse", "skip"):
+        node = starter.equipment()
+        paths = (*node.config.data.paths, starter.root / "bad.bin")
+        data = DataSection.model_validate({"paths": paths, "bad_shards": choice})
+        node.config = node.config.model_copy(update={"data": data})
+        membership = await join_run(node)
+        if choice == "refuse":
+            with pytest.raises(DataError, match=r"bad\.bin holds token 999 at byte 1024"):
+                await equip(node, membership).__aenter__()
+            continue
+        with capture_logs() as logs:
+            async with equip(node, membership) as (replica, _):
+                corpus = await replica.trainer.call(lambda trainer: trainer.batches.corpus)
+        assert len(corpus.train) == 1
+        assert any("bad.bin holds token 999" in line.get("reason", "") for line in logs)

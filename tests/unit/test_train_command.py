@@ -17,16 +17,20 @@ import safetensors.torch
 import torch
 
 from braniac.model.config import ModelConfig
+from braniac.model.decoding import generate as decode
 from braniac.model.errors import CheckpointError, DataError, TrainingDiverged
 from braniac.model.gpt import GPT
 from braniac.model.hf import load_folder, save_folder
 from braniac.model.objective import ObjectiveSettings
-from braniac.node import train_command
+from braniac.model.tokenizer import FileTokenizer
+from braniac.node import offline, train_command
 from braniac.node.cli import main
+from braniac.node.config import DataSection
 from braniac.node.errors import AlreadyRunning, ConfigError, Incompatible, ResourceError
 from braniac.node.lock import DirectoryLock
 from braniac.node.settings_merge import load_config
 from braniac.node.train_config import ModelSection, ObjectiveSection, TrainConfig
+from tests.unit.texts import write_tokenizer
 
 MODEL = (
     *("model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2"),
@@ -373,8 +377,49 @@ def test_too_little_memory_is_said_before_it_is_taken(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_command, "free_memory_bytes", lambda: 1 << 20)
-    with pytest.raises(ResourceError, match=r"training tier 0 takes \d+ MiB and 1 MiB are free: set train\."):
+    with pytest.raises(
+        ResourceError, match=r"training batch \d+ with context 128 at tier 0 takes \d+ MiB and 1 MiB are"
+    ):
         run(text, tmp_path, model=("model.preset=tiny",))
+
+
+# --- what text is read with ------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_goes_with_the_model(text: Path, tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path / "tokenizer.json")
+    sets = (f"data.tokenizer={file}", "model.vocab_size=448")
+    run(text, tmp_path / "out", *sets)
+    folder = tmp_path / "out" / "step-6"
+    assert (folder / "tokenizer.json").read_bytes() == file.read_bytes()
+    with pytest.raises(Incompatible, match=r"was trained with data\.paths = "):  # the same text, other tokens
+        run(text, tmp_path / "out", "model.vocab_size=448")
+    wanted = {"tokens": 9, "temperature": 0.8, "top_k": 20, "seed": 1, "tier": None, "data": DataSection()}
+    pieces = list(offline.generate(tmp_path, "the quick", folder=folder, **wanted))  # type: ignore[arg-type]
+    model, tokenizer = load_folder(folder)[0], FileTokenizer.read(file)
+    dice, prompt = torch.Generator().manual_seed(1), tokenizer.encode(["the quick"])[0].tolist()
+    tokens = list(decode(model, prompt, 9, generator=dice, temperature=0.8, top_k=20))
+    assert "".join(pieces) == "".join(tokenizer.stream(tokens))
+    started = run(text, tmp_path / "more", f"model.folder={folder}", "train.steps=1", model=())
+    assert (Path(started["checkpoint"]) / "tokenizer.json").read_bytes() == file.read_bytes()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"the tokenizer of .*step-6 is not here: set data\.tokenizer to its file"):
+        list(offline.generate(tmp_path, "x", folder=folder, **wanted))  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(text: Path, tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="its tokenizer has 400 tokens: this model's vocabulary ends at 255"):
+        run(text, tmp_path / "out", f"data.tokenizer={file}")
+
+
+def test_a_shard_that_is_left_out_is_said(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.bin").write_bytes(b"odd")
+    lines: list[str] = []
+    sets = (f"data.paths={text},{tmp_path / 'bad.bin'}", "data.bad_shards=skip", "train.steps=1", *MODEL, *TRAIN[:1])
+    config = load_config(TrainConfig, None, {}, sets, {"out.dir": tmp_path / "skipped"})
+    train_command.train(config, restart=False, say=lines.append, clock=lambda: 0.0)
+    assert any(line.startswith("left out a shard: ") and "bad.bin ends at byte 3" in line for line in lines)
 
 
 # --- starting from a checkpoint --------------------------------------------------------------------------------------
