@@ -49,7 +49,8 @@ def test_what_the_founder_sets_goes_before_the_recipe() -> None:
 
 def test_every_node_of_a_run_trains_with_its_seed() -> None:
     manifest = found_run(RunSection(seed=9), identity(0), EPOCH_S)[0]
-    assert train_settings(TrainSection(batch=3), manifest) == dataclasses.replace(TrainSettings(), batch=3, seed=9)
+    section = TrainSection(batch=3, device="cpu")
+    assert train_settings(section, manifest) == dataclasses.replace(TrainSettings(), batch=3, seed=9)
     assert train_settings(TrainSection(learning_rate=0.5), manifest).learning_rate == 0.5
 
 
