@@ -23,7 +23,7 @@ from braniac.node.settings_merge import load_config
 from braniac.protocol.errors import ManifestError, VersionMismatch
 
 VERBS = [
-    *("join", "status", "peers", "leave", "generate", "evaluate", "swarm"),
+    *("join", "status", "peers", "leave", "generate", "evaluate", "swarm", "observe", "shape"),
     *("pause", "resume", "finish", "logs", "contributions"),
     *("init", "link", "costs", "doctor"),
     *("train", "profile", "mixnmatch", "export", "convert", "version", "config"),
