@@ -25,7 +25,13 @@ COPY model model
 COPY node node
 RUN --mount=type=bind,from=wheels,target=/wheels pip --python /opt/braniac/bin/python install .
 
-FROM python:3.11-slim-bookworm
+# Not part of a node: `braniac-node swarm --engine docker` runs it in the network of a node to cap, lose and cut traffic.
+FROM python:3.11-slim-bookworm AS faults
+RUN command -v tc >/dev/null && command -v iptables >/dev/null || { apt-get update \
+    && apt-get install -y --no-install-recommends iproute2 iptables && rm -rf /var/lib/apt/lists/*; }
+ENTRYPOINT ["/bin/sh", "-c"]
+
+FROM python:3.11-slim-bookworm AS node
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="braniac-node" \
@@ -46,8 +52,8 @@ USER 10001:10001
 VOLUME /var/lib/braniac
 EXPOSE 4001/tcp
 STOPSIGNAL SIGTERM
-# Whether the daemon answers; asking takes 0.4 s of processor time.
+# Whether the daemon answers, and trains or rests; asking takes 0.4 s of processor time.
 HEALTHCHECK --interval=30s --timeout=20s --start-period=120s --retries=3 \
-    CMD ["braniac-node", "status", "--json"]
+    CMD ["braniac-node", "status", "--check"]
 ENTRYPOINT ["braniac-node"]
 CMD ["join"]
