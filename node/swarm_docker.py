@@ -7,7 +7,6 @@ What is done to a node's network is done by a second container in that network, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 from collections import Counter
@@ -128,10 +127,11 @@ class DockerHost(Host):
                     fill_message(reply, json.loads(line))
                     peer.latest, peer.heard_at = reply, loop.time()
                     peer.observations.note(peer.heard_at, reply)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
                 await process.wait()
+            finally:
+                if process.returncode is None:  # cancelled
+                    process.kill()
+                    await process.wait()
             await asyncio.sleep(1.0)
 
     async def ask(self, peer: Peer) -> StatusReply | None:
