@@ -13,12 +13,13 @@ ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv --without-pip /opt/braniac
 # torch is a layer of its own, made again only when pyproject.toml changes. pip compiles what it installs, and must: in a
-# root that cannot be written, every start would compile all of it anew. Its headers and tests are 145 MB nobody needs here.
+# root that cannot be written, every start would compile all of it anew. Its headers and tests are 195 MB nobody needs here.
 COPY pyproject.toml ./
 RUN --mount=type=bind,from=wheels,target=/wheels \
     pip --python /opt/braniac/bin/python install --index-url "$TORCH_INDEX" \
     "$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" \
-    && rm -r /opt/braniac/lib/python3*/site-packages/torch/include /opt/braniac/lib/python3*/site-packages/torch/test
+    && cd /opt/braniac/lib/python3*/site-packages/torch && rm -r include test \
+    && find bin -type f ! -name torch_shm_manager -delete
 COPY README.md LICENSE ./
 COPY protocol protocol
 COPY model model
