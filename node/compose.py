@@ -20,6 +20,8 @@ from braniac.node.errors import ConfigError, NodeError, ResourceError
 COMPOSE_MIN = (2, 24, 4)  # understands !override
 ENGINE_MIN = (25, 0, 0)  # understands start_interval
 _UP_S = 600
+_LAST_WORDS = "braniac-node: "
+_KILLED = 137
 _DEPLOY = Path(__file__).resolve().parents[1] / "deploy"  # in a checkout
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
@@ -130,19 +132,17 @@ class Project:
             raise await self._why(error) from None
 
     async def _why(self, error: NodeError) -> NodeError:
+        """The last words of a container that ended, also of one that was started again since."""
         for container in await self.containers():
-            if container.exit_code and container.state in ("exited", "restarting", "dead"):
-                return await self.ended(container)
+            lines = (await self.logs(container)).splitlines()
+            said = next((line for line in reversed(lines) if line.startswith(_LAST_WORDS)), None)
+            if said is not None:
+                return NodeError(f"{container.name} ended: {said.removeprefix(_LAST_WORDS)}")
+            if container.exit_code == _KILLED or container.restarts:
+                return ResourceError(
+                    f"{container.name} ended without a word, most likely for want of memory: raise its memory limit"
+                )
         return error
-
-    async def ended(self, container: Container) -> NodeError:
-        """The words with which a container ended."""
-        if container.exit_code == 137:
-            return ResourceError(f"{container.name} was killed, most likely for want of memory: raise its memory limit")
-        lines = (await self.logs(container)).splitlines()
-        said = next((line for line in reversed(lines) if line.startswith("braniac-node: ")), "")
-        why = said.removeprefix("braniac-node: ") or "see its log"
-        return NodeError(f"{container.name} ended with exit code {container.exit_code}: {why}")
 
     async def logs(self, container: Container) -> str:
         """Everything a container wrote, stdout and stderr."""

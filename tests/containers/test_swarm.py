@@ -109,9 +109,7 @@ async def test_a_replica_that_cannot_fit_its_memory_limit_says_so() -> None:
         environment={"PRESET": "small", "FOUNDER_MEMORY": "330m", "SLOT_S": "5"},
     )
     try:
-        with pytest.raises(
-            NodeError, match=r"founder 1 (ended with exit code 7: .*MiB|was killed, most likely for want)"
-        ):
+        with pytest.raises(NodeError, match=r"founder 1 ended(: .* MiB| without a word)"):
             await project.up(["founder"])
     finally:
         await project.down()
