@@ -13,19 +13,26 @@ ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv --without-pip /opt/braniac
 # torch is a layer of its own, made again only when pyproject.toml changes. pip compiles what it installs, and must: in a
-# root that cannot be written, every start would compile all of it anew. Its headers and tests are 145 MB nobody needs here.
+# root that cannot be written, every start would compile all of it anew. Its headers and tests are 195 MB nobody needs here.
 COPY pyproject.toml ./
 RUN --mount=type=bind,from=wheels,target=/wheels \
     pip --python /opt/braniac/bin/python install --index-url "$TORCH_INDEX" \
     "$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" \
-    && rm -r /opt/braniac/lib/python3*/site-packages/torch/include /opt/braniac/lib/python3*/site-packages/torch/test
+    && cd /opt/braniac/lib/python3*/site-packages/torch && rm -r include test \
+    && find bin -type f ! -name torch_shm_manager -delete
 COPY README.md LICENSE ./
 COPY protocol protocol
 COPY model model
 COPY node node
 RUN --mount=type=bind,from=wheels,target=/wheels pip --python /opt/braniac/bin/python install .
 
-FROM python:3.11-slim-bookworm
+# Not part of a node: `braniac-node swarm --engine docker` runs it in the network of a node to cap, lose and cut traffic.
+FROM python:3.11-slim-bookworm AS faults
+RUN command -v tc >/dev/null && command -v iptables >/dev/null || { apt-get update \
+    && apt-get install -y --no-install-recommends iproute2 iptables && rm -rf /var/lib/apt/lists/*; }
+ENTRYPOINT ["/bin/sh", "-c"]
+
+FROM python:3.11-slim-bookworm AS node
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="braniac-node" \
@@ -41,13 +48,14 @@ COPY --from=build /opt/braniac /opt/braniac
 ENV PATH=/opt/braniac/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     BRANIAC_NODE__state__dir=/var/lib/braniac \
+    BRANIAC_NODE__data__cache_dir=/var/lib/braniac/cache \
     BRANIAC_NODE__network__listen=/ip4/0.0.0.0/tcp/4001
 USER 10001:10001
 VOLUME /var/lib/braniac
 EXPOSE 4001/tcp
 STOPSIGNAL SIGTERM
-# Whether the daemon answers; asking takes 0.4 s of processor time.
+# Whether the daemon answers, and trains or rests; asking takes 0.4 s of processor time.
 HEALTHCHECK --interval=30s --timeout=20s --start-period=120s --retries=3 \
-    CMD ["braniac-node", "status", "--json"]
+    CMD ["braniac-node", "status", "--check"]
 ENTRYPOINT ["braniac-node"]
 CMD ["join"]

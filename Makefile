@@ -9,7 +9,7 @@ NODE   := $(BIN)/braniac-node
 TORCH  := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help join test venv proto swarm clean
+.PHONY: help join test test-containers venv proto dashboards swarm up down clean
 
 help:
 	@echo 'make join [PEERS=ADDR,ADDR] [TIER=auto|0..3] [DATA="PATH ..."] [PRESET=tiny|small] [STATE=DIR] [ARGS="..."]'
@@ -17,6 +17,10 @@ help:
 	@echo 'make test        install if necessary, then lint, check types and import rules, and run all tests'
 	@echo 'make venv        only install, with what the tests need'
 	@echo 'make swarm       train with four nodes on this machine for two minutes, kill two, and report'
+	@echo 'make up          a swarm in containers, see deploy/README.md; with OBSERVE=1 Prometheus and Grafana too'
+	@echo 'make down        remove its containers, networks and volumes'
+	@echo 'make test-containers   build the images, harm a swarm in containers and judge it; skipped without an engine'
+	@echo 'make dashboards  write the dashboards of Grafana again'
 	@echo 'make proto       generate the Python modules of the .proto files again'
 	@echo 'make clean       remove caches and build results, but not $(VENV)'
 
@@ -32,6 +36,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 --dist worksteal # a file's daemon then starts in one worker, and neither idles at the end
 
+test-containers: $(VENV)/.installed-dev
+	PYTHON="$(abspath $(BIN)/python)" scripts/test_containers.sh
+
 venv: $(VENV)/.installed-dev
 
 swarm: $(VENV)/.installed-node
@@ -39,6 +46,15 @@ swarm: $(VENV)/.installed-node
 
 proto: $(VENV)/.installed-dev
 	PYTHON="$(abspath $(BIN)/python)" sh scripts/proto.sh
+
+up: $(VENV)/.installed-node
+	OBSERVE="$(OBSERVE)" $(BIN)/python -m braniac.node.compose up
+
+down: $(VENV)/.installed-node
+	$(BIN)/python -m braniac.node.compose down
+
+dashboards:
+	$(PYTHON) scripts/dashboards.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache

@@ -14,7 +14,9 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ from braniac.node.config import control_socket_path
 from braniac.node.control_client import ControlClient
 from braniac.node.errors import NodeError
 from braniac.node.failures import explain
-from braniac.node.swarm import Peer, Swarm
+from braniac.node.swarm import Swarm
+from braniac.node.swarm_host import until
 from braniac.node.swarm_options import SwarmOptions
+from braniac.node.swarm_processes import ProcessHost, ProcessPeer
 
 log = structlog.get_logger(__name__)
 
@@ -59,8 +63,9 @@ class Use:
 class Pauses(Swarm):
     """A swarm whose nodes are paused in turn."""
 
-    def __init__(self, options: SwarmOptions, root: Path, pause_s: float, every_s: float) -> None:
-        super().__init__(options, root)
+    def __init__(self, options: SwarmOptions, host: ProcessHost, pause_s: float, every_s: float) -> None:
+        super().__init__(options, host)
+        self.peers: Sequence[ProcessPeer] = host.peers
         self.use = [Use() for _ in self.peers]
         self.pauses = 0
         self._pause_s = pause_s
@@ -68,18 +73,8 @@ class Pauses(Swarm):
 
     async def run(self) -> dict[str, Any]:
         """The whole life of the swarm: its report."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                watching = group.create_task(self._watch())
-                await self._start_all()
-                log.info("the swarm is complete", nodes=len(self.peers))
-                await self._let_train(asyncio.get_running_loop().time())
-                agreed = await self._wait_for_agreement()
-                watching.cancel()
-            codes = await asyncio.gather(*(peer.leave() for peer in self.peers))
-        finally:
-            await self._kill_all()
-        return self._report(agreed, codes)
+        lived = await self.live()
+        return self._report(lived.agreed, lived.exit_codes)
 
     async def _let_train(self, began: float) -> None:
         loop, end = asyncio.get_running_loop(), began + self.options.seconds
@@ -91,14 +86,14 @@ class Pauses(Swarm):
             self.pauses += 1
         await asyncio.sleep(max(0.0, end - loop.time()))
 
-    async def _pause_one(self, peer: Peer, until: float) -> None:
+    async def _pause_one(self, peer: ProcessPeer, end: float) -> None:
         loop, use = asyncio.get_running_loop(), self.use[peer.index]
-        client = ControlClient(control_socket_path(peer.state_dir))
+        client = ControlClient(control_socket_path(peer.folder))
         await asyncio.to_thread(client.pause)
         await self._reach(peer, "paused")
         await asyncio.sleep(_SETTLE_S)
         before, at = _cpu_s(peer), loop.time()
-        await asyncio.sleep(max(1.0, until - loop.time()))
+        await asyncio.sleep(max(1.0, end - loop.time()))
         use.paused_cpu.append((_cpu_s(peer) - before) / (loop.time() - at))
         asked = loop.time()
         await asyncio.to_thread(client.resume)
@@ -106,10 +101,10 @@ class Pauses(Swarm):
         use.resumed_s.append(loop.time() - asked)
         log.info("paused and resumed", node=peer.index, paused_cpu=round(use.paused_cpu[-1], 4))
 
-    async def _reach(self, peer: Peer, state: str) -> None:
-        await self._until(lambda: self._is(peer, state))
+    async def _reach(self, peer: ProcessPeer, state: str) -> None:
+        await until(partial(self._is, peer, state))
 
-    def _sample(self, peer: Peer) -> None:
+    def _sample(self, peer: ProcessPeer) -> None:
         main, children = _processes(peer)
         samples = self.use[peer.index].samples
         samples["rss_bytes"].append(main.memory_info().rss)
@@ -155,13 +150,13 @@ class Pauses(Swarm):
         }
 
 
-def _processes(peer: Peer) -> tuple[psutil.Process, list[psutil.Process]]:
+def _processes(peer: ProcessPeer) -> tuple[psutil.Process, list[psutil.Process]]:
     assert peer.process is not None
     main = psutil.Process(peer.process.pid)
     return main, main.children(recursive=True)
 
 
-def _cpu_s(peer: Peer) -> float:
+def _cpu_s(peer: ProcessPeer) -> float:
     main, children = _processes(peer)
     return float(sum(sum(process.cpu_times()[:2]) for process in (main, *children)))
 
@@ -182,7 +177,6 @@ def main() -> int:
         nodes=arguments.nodes,
         tiers=(0, 0, 1),
         seconds=60 * arguments.minutes,
-        kill=0,
         seed=arguments.seed,
         preset="tiny",
         slot_s=arguments.slot_s,
@@ -194,7 +188,7 @@ def main() -> int:
     root = arguments.keep_dir or Path(tempfile.mkdtemp(prefix="braniac-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
-        report = asyncio.run(Pauses(options, root, arguments.pause_s, arguments.every_s).run())
+        report = asyncio.run(Pauses(options, ProcessHost(options, root), arguments.pause_s, arguments.every_s).run())
     except NodeError as error:
         return explain(error)
     finally:

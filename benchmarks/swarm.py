@@ -16,6 +16,7 @@ from braniac.model.config import PRESETS
 from braniac.node.commands import json_text, parse_tiers
 from braniac.node.errors import NodeError
 from braniac.node.failures import explain
+from braniac.node.faults import Wish
 from braniac.node.swarm import run_swarm
 from braniac.node.swarm_options import SwarmOptions
 
@@ -37,7 +38,7 @@ def main() -> int:
             nodes=arguments.nodes,
             tiers=parse_tiers(arguments.tiers),
             seconds=arguments.seconds,
-            kill=arguments.kill,
+            faults=(Wish("kill"),) * arguments.kill,
             seed=arguments.seed,
             preset=arguments.preset,
             slot_s=arguments.slot_s,

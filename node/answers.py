@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from braniac.node.reachability import Reachability
     from braniac.node.replica import Replica
     from braniac.protocol.engine import Engine
+    from braniac.protocol.roster import Member
 
 
 class Answers:
@@ -81,7 +82,7 @@ class Answers:
         reply.run_id = manifest.run_id.hex()
         reply.addresses.extend(engine.addresses)
         reply.peers_live = self._status.peers_live()
-        for member in engine.roster.live(engine.slot):
+        for member in engine.live_peers():
             reply.peers_by_tier[member.tier] += 1
         reply.tier, reply.tiers = engine.tier, manifest.tiers
         reply.parameters, reply.fragments = manifest.parameters(engine.tier), manifest.window
@@ -112,7 +113,7 @@ class Answers:
             reply.peers.add(
                 peer_id=peer_id_text(member.peer),
                 tier=member.tier,
-                state="live" if member.live(engine.slot) else "silent",
+                state=_state(engine, member),
                 last_heard_s=max(0, engine.slot - member.heard_slot) * engine.manifest.slot_s,
                 addresses=member.addresses,
                 merged=member.merged,
@@ -156,3 +157,9 @@ class Answers:
     async def leave(self, now: bool) -> None:
         """See ControlSource."""
         self._leave(now=now)
+
+
+def _state(engine: Engine, member: Member) -> str:
+    if not member.live(engine.slot):
+        return "silent"
+    return "live" if member.tier < engine.manifest.observer_tier else "observer"

@@ -20,6 +20,7 @@ from braniac.node.cli_identity import identity_app
 from braniac.node.cli_model import model_app
 from braniac.node.cli_options import ConfigFile, HeldOutData, Json, Sets, StateDir, TrainingData, node_config
 from braniac.node.cli_run import run_app
+from braniac.node.cli_swarm import swarm_app
 from braniac.node.failures import explain
 from braniac.protocol.limits import PROTOCOL_VERSION
 
@@ -39,6 +40,7 @@ app.add_typer(run_app)
 app.add_typer(doctor_app)
 app.add_typer(daemon_app)
 app.add_typer(model_app)
+app.add_typer(swarm_app)
 
 
 @app.callback()
@@ -200,44 +202,6 @@ def evaluate(
 
     result = offline.evaluate(settings.state.dir, data=settings.data, tiers=wanted)
     typer.echo(commands.json_text(result) if json else commands.aligned_text(result))
-
-
-@app.command()
-def swarm(
-    nodes: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="How many daemons.")] = 4,
-    tiers: Annotated[str, typer.Option(metavar="0,1,...", help="Their tiers, dealt out in turn.")] = "0,1,2,3",
-    seconds: Annotated[float, typer.Option(min=1, max=86_400, metavar="S", help="How long to train.")] = 120.0,
-    kill: Annotated[int, typer.Option(min=0, max=1000, metavar="N", help="How often to SIGKILL and restart one.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the run and of the kills.")] = 0,
-    preset: Annotated[str, typer.Option(metavar="tiny|small[-llama]", help="Model of the run.")] = "tiny",
-    slot_s: Annotated[float, typer.Option(min=0.1, max=3600, metavar="S", help="Slot length in seconds.")] = 1.0,
-    set_: Sets = None,
-    keep_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep states and logs here instead of removing them.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Run a whole swarm on this machine.
-
-    Real daemons on loopback, some of them killed on the way, and a report at the end.
-
-    \b
-    Example:
-      braniac-node swarm --nodes 4 --tiers 0,1,2,3 --seconds 120 --kill 2 --json
-    """
-    from braniac.node.swarm_options import SwarmOptions
-
-    preset = node_config(None, None, run__preset=preset).run.preset
-    options = SwarmOptions(
-        nodes=nodes, tiers=commands.parse_tiers(tiers), seconds=seconds, kill=kill, seed=seed, preset=preset,
-        slot_s=slot_s, sets=tuple(set_ or ()), keep_dir=keep_dir, json=json,
-    )  # fmt: skip
-    from braniac.node.swarm import run_swarm
-
-    report = run_swarm(options)
-    typer.echo(commands.json_text(report) if json else commands.aligned_text(report))
-    if not report["ok"]:
-        raise typer.Exit(1)
 
 
 @app.command()

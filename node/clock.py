@@ -152,6 +152,12 @@ class SwarmClock:
         self._latest_s = -math.inf
         return move_s
 
+    def spread_s(self) -> float:
+        """How far the swarm clock of a peer heard lately is from the median of theirs, at most."""
+        offsets_s = self._peer_offsets()
+        middle_s = statistics.median(offsets_s) if offsets_s else 0.0
+        return max((abs(offset_s - middle_s) for offset_s in offsets_s), default=0.0)
+
     def _peer_offsets(self) -> list[float]:
         """The offset of each peer heard lately: of its recent samples the one with the shortest round trip."""
         oldest_s = self._clock.monotonic() - FORGET_S

@@ -98,6 +98,29 @@ def _plain(value: Any, field: Any) -> object:
     return value.hex() if isinstance(value, bytes) else value
 
 
+def fill_message(message: Message, values: Mapping[str, Any]) -> None:
+    """Inverse of `message_dict`: fill an empty message. Raises ValueError, TypeError or KeyError for what is none."""
+    for field in message.DESCRIPTOR.fields:
+        value = values.get(field.name)
+        if value is None:
+            continue
+        target = getattr(message, field.name)
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            key = type(field.message_type.fields_by_name["key"].default_value)
+            target.update({key(name): item for name, item in value.items()})
+        elif field.message_type is not None:
+            for item in value if field.is_repeated else [value]:
+                fill_message(target.add() if field.is_repeated else target, item)
+        elif field.is_repeated:
+            target.extend(_value_in(item, field) for item in value)
+        else:
+            setattr(message, field.name, _value_in(value, field))
+
+
+def _value_in(value: Any, field: Any) -> Any:
+    return bytes.fromhex(value) if field.type == field.TYPE_BYTES else value
+
+
 def aligned_text(content: Mapping[str, object]) -> str:
     """One line per entry, values in one column; an entry that is a table gets a line per entry of its own."""
     rows = [(key.replace("_", " "), _cell(value)) for key, value in _flat(content)]
@@ -126,7 +149,7 @@ def _cell(value: object) -> str:
         case list() | tuple():
             return ", ".join(_cell(item) for item in value) or "none"
         case Mapping():
-            return "none"
+            return " ".join(f"{key}={_cell(item)}" for key, item in value.items()) or "none"
     return str(value)
 
 

@@ -512,7 +512,7 @@ class Peer(_message.Message):
     peer_id: _builtins.str
     tier: _builtins.int
     state: _builtins.str
-    """live, silent, banned"""
+    """live, silent, banned, observer"""
     last_heard_s: _builtins.float
     """ago"""
     rtt_s: _builtins.float

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import Coroutine
 
 import structlog
 
 from braniac.node.datapath import DataPath
+from braniac.node.pump import Pump
 from braniac.node.replica import Replica
 from braniac.node.startup import Equipment, Membership
 from braniac.node.status import Status
@@ -22,8 +22,6 @@ from braniac.protocol.engine import Engine
 from braniac.protocol.identity import PeerId, short_name
 
 log = structlog.get_logger(__name__)
-
-_MESSAGES_PER_PEER_MAX = 16  # in flight: a peer that does not answer must not collect tasks
 
 
 class Daemon:
@@ -45,9 +43,7 @@ class Daemon:
         self._engine = engine
         self._status = status
         self._tasks = tasks
-        self._in_flight: Counter[PeerId] = Counter()
-        self._wake = asyncio.Event()
-        """Set when the engine may have something to say."""
+        self._pump = Pump(engine, node.exchange, node.network, self._obey, tasks)
         self._idle = asyncio.Event()
         """Set while no slot that this node owns waits for its certificate."""
         self._awake = asyncio.Event()
@@ -65,7 +61,7 @@ class Daemon:
             status,
             incarnation=membership.incarnation,
             joined=self._begin_training,
-            wake=self._wake.set,
+            wake=self._pump.wake,
         )
 
     # --- beginning and end -------------------------------------------------------------------------------------------
@@ -73,10 +69,10 @@ class Daemon:
     def open(self) -> None:
         """Let peers in, and begin to train if all anchors are here."""
         node, engine = self.node, self._engine
-        engine.addresses = node.network.public_addresses()
+        engine.addresses, engine.version = node.network.public_addresses(), node.metrics.version
         self._status.take_part(engine, self._replica)
         node.exchange.manifest, node.exchange.engine = self._membership.signed, engine
-        node.exchange.on_input = self._wake.set
+        node.exchange.on_input = self._pump.wake
         node.exchange.is_anchor = self._replica.is_anchor
         node.exchange.synchronised = True
         if self.path.join():
@@ -104,18 +100,15 @@ class Daemon:
     async def _wind_down(self) -> None:
         """Take no more seats, let the slots in hand end, save."""
         self._engine.retire()
-        self._wake.set()
+        self._pump.wake()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(3 * self._engine.manifest.slot_s):
                 await self._idle.wait()
         await self.path.finish()
 
     async def say_goodbye(self) -> None:
-        """The last words, when nothing else is said any more: a heartbeat after them would bring this node back."""
-        self._engine.goodbye()
-        async with asyncio.TaskGroup() as farewell:
-            for peer, data in self._engine.messages_to_send():
-                farewell.create_task(self.node.exchange.send(self.node.network.transport, peer, data))
+        """The last words of a node that leaves or rests."""
+        await self._pump.say_goodbye()
 
     # --- resting -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +127,7 @@ class Daemon:
         if self._leaving:
             return
         self._awake.clear()
-        self._wake.set()
+        self._pump.wake()
         self.node.exchange.engine = None
         self.node.network.rest()
         await self.say_goodbye()
@@ -151,48 +144,29 @@ class Daemon:
         for peer in self.node.network.known_peers():
             self._engine.introduce(peer)
         self._awake.set()
-        self._wake.set()
+        self._pump.wake()
 
     # --- the engine's time, messages and events ----------------------------------------------------------------------
 
     async def drive(self) -> None:
         """Give the engine the time, send what it says, do what it asks for."""
-        engine, clock = self._engine, self.node.swarm_clock
+        engine = self._engine
         while True:
             await self._awake.wait()
-            engine.handle_timer(clock.now())
-            self._flush()
+            self._pump.turn()
             if self._catching_up and engine.caught_up:
                 self._begin_training()
             if engine.busy:
                 self._idle.clear()
             else:
                 self._idle.set()
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, engine.get_timer() - clock.now())):
-                    await self._wake.wait()
-
-    def _flush(self) -> None:
-        while (event := self._engine.next_event()) is not None:
-            self._obey(event)
-        for peer, data in self._engine.messages_to_send():
-            if self._in_flight[peer] < _MESSAGES_PER_PEER_MAX:
-                self._in_flight[peer] += 1
-                self._spawn(self._send(peer, data))
-
-    async def _send(self, peer: PeerId, data: bytes) -> None:
-        try:
-            await self.node.exchange.send(self.node.network.transport, peer, data)
-        finally:
-            self._in_flight[peer] -= 1
-            if not self._in_flight[peer]:
-                del self._in_flight[peer]
+            await self._pump.wait()
 
     def _obey(self, event: events.Event) -> None:
         match event:
             case events.SlotBegan():
-                self._engine.tokens_per_s = self._replica.trainer.progress.tokens_per_s
+                progress = self._replica.trainer.progress
+                self._engine.tokens_per_s, self._engine.loss = progress.tokens_per_s, progress.loss
                 self._engine.addresses = self.node.network.public_addresses()
                 self.node.swarm_clock.adjust()
                 self._status.slot_began(event)
@@ -221,7 +195,7 @@ class Daemon:
 
     def introduce(self, peer: PeerId) -> None:
         self._engine.introduce(peer)
-        self._wake.set()
+        self._pump.wake()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         self._tasks.create_task(work)

@@ -303,6 +303,7 @@ class DataPath:
         peers = self._node.network.known_peers()
         await self._replica.commit(self._engine, self._incarnation, clock, peers, offer)
         self._node.metrics.checkpoint_generation.set(self._replica.generation)
+        self._node.metrics.checkpoint_time.set(self._node.clock.wall())
         self._status.trouble("disk", "")
 
 

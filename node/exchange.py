@@ -16,7 +16,7 @@ from braniac.node.clock import Clock, SwarmClock
 from braniac.node.config import CapsSection
 from braniac.node.daily_meter import DailyMeter
 from braniac.node.errors import NodeError
-from braniac.node.metrics import Metrics
+from braniac.node.metrics import BaseMetrics
 from braniac.node.store import BlobMissing, Store
 from braniac.node.throttle import Throttle
 from braniac.node.transport import Reason, Transport, Unreachable
@@ -42,7 +42,7 @@ class Exchange:
     def __init__(
         self,
         store: Store,
-        metrics: Metrics,
+        metrics: BaseMetrics,
         clock: Clock,
         swarm_clock: SwarmClock,
         call_timeout_s: float,

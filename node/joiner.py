@@ -12,6 +12,7 @@ import structlog
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from braniac.node.config import NetworkSection
 from braniac.node.errors import Incompatible
 from braniac.node.exchange import Exchange
 from braniac.node.network import Network
@@ -51,6 +52,15 @@ async def find_run(network: Network, exchange: Exchange) -> tuple[Manifest, tupl
 
 def _failures(network: Network) -> enumerate[tuple[str, str]]:
     return enumerate(network.failures.items())
+
+
+def check_run_id(settings: NetworkSection, manifest: Manifest) -> None:
+    """Take part in no other run than the one that was asked for. Raises Incompatible."""
+    pinned, found = settings.run_id, manifest.run_id.hex()
+    if pinned is not None and found != pinned:
+        raise Incompatible(
+            f"this is run {found[:12]}..., not {pinned[:12]}...: check --run-id, --peers and --state-dir"
+        )
 
 
 async def check_run(network: Network, exchange: Exchange, manifest: Manifest) -> None:

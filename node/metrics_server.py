@@ -8,7 +8,7 @@ from http import HTTPStatus
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from braniac.node.bounded_server import EXCHANGE_S_MAX, BoundedServer
-from braniac.node.metrics import Metrics
+from braniac.node.metrics import BaseMetrics
 
 _TEXT = "text/plain; charset=utf-8"
 
@@ -20,7 +20,7 @@ class MetricsServer(BoundedServer):
     PORT_OPTION = "--metrics-port"
 
     def __init__(
-        self, metrics: Metrics, host: str = "127.0.0.1", port: int = 0, exchange_s_max: float = EXCHANGE_S_MAX
+        self, metrics: BaseMetrics, host: str = "127.0.0.1", port: int = 0, exchange_s_max: float = EXCHANGE_S_MAX
     ) -> None:
         super().__init__(host, port, exchange_s_max)
         self._metrics = metrics

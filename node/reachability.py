@@ -88,7 +88,7 @@ class Reachability:
         """Some live peers, those that can be dialled themselves if there are any; nobody while this node rests."""
         if self._exchange.engine is None:
             return []
-        live = self._engine.roster.live(self._engine.slot)
+        live = self._engine.live_peers()
         good = [member.peer for member in live if member.dialable(self._engine.slot)] or [m.peer for m in live]
         return self._rng.sample(good, min(ASKED_MAX, len(good)))
 

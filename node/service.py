@@ -11,13 +11,12 @@ import contextlib
 import importlib.metadata
 import os
 import random
-import signal
 import sys
 from collections.abc import Iterable
 
 import structlog
 
-from braniac.node import daily_meter, identity_file, joiner
+from braniac.node import daily_meter, foreground, identity_file, joiner
 from braniac.node.answers import Answers
 from braniac.node.clock import Clock, SwarmClock, SystemClock
 from braniac.node.config import NodeConfig
@@ -30,7 +29,7 @@ from braniac.node.exchange import Exchange
 from braniac.node.governor import Governor
 from braniac.node.join_link import link_for
 from braniac.node.log_view import log_path
-from braniac.node.logs import log_to_file, route_hivemind
+from braniac.node.logs import log_to_file
 from braniac.node.metrics import EventLoopLag, Metrics
 from braniac.node.metrics_server import MetricsServer
 from braniac.node.network import Network, TransportFactory
@@ -51,7 +50,6 @@ log = structlog.get_logger(__name__)
 
 _KNOWN_MAX = 32  # peers of earlier days to knock at; the others come by introduction
 _STILL_SLOTS_MAX = 5  # without a new slot for so many, and a minute, the node hangs
-_SWITCH_INTERVAL_S = 0.001  # the trainer holds the interpreter's lock; the event loop must get it back quickly
 
 
 class _Left(Exception):
@@ -79,6 +77,9 @@ class Service:
         ).answer
         network.on_version = exchange.hear_version
         self.node = Equipment(config, clock, swarm_clock, metrics, store, identity, network, exchange)
+        metrics.checkpoint_time.set(clock.wall())
+        metrics.quota.set(throttle.daily_bytes)
+        metrics.quota_used.set_function(self.meter.used_bytes)
         self.lag = EventLoopLag(metrics.event_loop_lag, clock, resting=lambda: self.governor.resting)
         policy = Policy(config.policy, config.caps)
         sensors = Sensors(config.state.dir, clock, self.meter.used_bytes)
@@ -196,22 +197,12 @@ def _log_file(config: NodeConfig) -> contextlib.AbstractContextManager[None]:
 
 def run_daemon(config: NodeConfig, ask: Ask | None = None) -> int:
     """Run a node in the foreground: the exit code. `ask` asks before the first download."""
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    route_hivemind()
 
     async def main() -> None:
         service = Service(config, SystemClock())
         service.node.ask = ask
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, service.leave)
+        foreground.leave_when_told(service.leave)
         with _log_file(config):  # the state directory is ours now
             await service.run()
 
-    if sys.platform == "win32":
-        asyncio.run(main())
-    else:
-        import uvloop
-
-        uvloop.run(main())
-    return 0
+    return foreground.run(main())

@@ -146,17 +146,12 @@ def _check_data(config: NodeConfig) -> None:
 
 
 def _check_pinned(config: NodeConfig, manifest: Manifest, given: tuple[Manifest, tuple[bytes, bytes]] | None) -> None:
-    found = manifest.run_id.hex()
     if given is not None and given[0].run_id != manifest.run_id:
         raise Incompatible(
-            f"this is run {found[:12]}..., not {given[0].run_id.hex()[:12]}... of {config.run.file}: "
+            f"this is run {manifest.run_id.hex()[:12]}..., not {given[0].run_id.hex()[:12]}... of {config.run.file}: "
             "check --run, --peers and --state-dir"
         )
-    pinned = config.network.run_id
-    if pinned is not None and found != pinned:
-        raise Incompatible(
-            f"this is run {found[:12]}..., not {pinned[:12]}...: check --run-id, --peers and --state-dir"
-        )
+    joiner.check_run_id(config.network, manifest)
 
 
 @contextlib.asynccontextmanager

@@ -14,6 +14,7 @@ import structlog
 
 from braniac.node import control_pb2 as pb
 from braniac.node.startup import Equipment
+from braniac.node.trainer_thread import Progress
 from braniac.protocol import events
 from braniac.protocol.identity import peer_id_text, short_name
 
@@ -46,8 +47,7 @@ class Status:
         self._received_bytes: dict[int, int] = {}
         self._received_before = 0
         self._troubles: dict[str, str] = {}
-        self._reported_tokens = 0
-        self._reported_steps = 0
+        self._reported = Progress()
         self._reported_throttled_s = 0.0
 
     # --- what the daemon reports -------------------------------------------------------------------------------------
@@ -55,7 +55,8 @@ class Status:
     def take_part(self, engine: Engine, replica: Replica) -> None:
         """The run is known."""
         self.engine, self.replica = engine, replica
-        self._reported_tokens, self._reported_steps = replica.trainer.progress.tokens, replica.trainer.progress.steps
+        self._reported = replica.trainer.progress
+        self._node.metrics.set_run(engine.manifest.run_id.hex(), engine.manifest.name, str(engine.tier))
 
     def training_began(self) -> None:
         """The join, if there was one, is over."""
@@ -98,9 +99,11 @@ class Status:
         _forget_oldest(self._received_bytes)
         metrics.peers.set(self.peers_live())
         metrics.clock_offset.set(self.clock_offset_s())
-        metrics.tokens.inc(progress.tokens - self._reported_tokens)
-        metrics.training_steps.inc(progress.steps - self._reported_steps)
-        self._reported_tokens, self._reported_steps = progress.tokens, progress.steps
+        metrics.tokens.inc(progress.tokens - self._reported.tokens)
+        metrics.training_steps.inc(progress.steps - self._reported.steps)
+        metrics.diverged_steps.inc(progress.diverged - self._reported.diverged)
+        metrics.stalled.set(progress.stalled)
+        self._reported = progress
         throttled_s = self.replica.trainer.throttled_s
         metrics.cpu_throttled.inc(throttled_s - self._reported_throttled_s)
         self._reported_throttled_s = throttled_s
@@ -185,7 +188,7 @@ class Status:
 
     def peers_live(self) -> int:
         """How many peers are there."""
-        return len(self.engine.roster.live(self.engine.slot)) if self.engine else 0
+        return len(self.engine.live_peers()) if self.engine else 0
 
     def reason(self) -> str:
         """What troubles this node; empty if nothing does."""

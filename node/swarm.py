@@ -1,34 +1,30 @@
-"""A whole swarm on this machine: real daemons as processes on loopback, some of them killed, and figures at the end.
+"""A whole swarm on this machine: real daemons, some of them hit by faults, and figures at the end.
 
-Everything is watched from outside, as a sceptic would: over the control sockets while the daemons run, and from the
-state directories after they have left.
+Everything is watched from outside, as a sceptic would: by what the daemons answer while they run, and by what is in
+their state directories after they have left. Where they run is the host's affair (swarm_processes.py, swarm_docker.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import random
 import shutil
-import signal
-import socket
-import sys
 import tempfile
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 
-from braniac.node import offline
+from braniac.node import faults, offline
 from braniac.node import swarm_report as report
-from braniac.node.config import DataSection, control_socket_path
-from braniac.node.control_client import ControlClient
+from braniac.node.config import DataSection
 from braniac.node.control_pb2 import StatusReply
-from braniac.node.errors import NodeError, NotRunning
+from braniac.node.errors import NodeError
+from braniac.node.faults import Fault
+from braniac.node.splits import Splits
+from braniac.node.swarm_host import START_S_MAX, Host, Peer, until
 from braniac.node.swarm_options import SwarmOptions
 from braniac.protocol.committee import committee
 from braniac.protocol.identity import peer_id_from_text
@@ -36,160 +32,110 @@ from braniac.protocol.identity import peer_id_from_text
 log = structlog.get_logger(__name__)
 
 _POLL_S = 0.5
-_START_S_MAX = 120.0
-_LEAVE_S_MAX = 60.0
-_FIRST_KILL, _LAST_KILL = 0.2, 0.75  # of the time: before the first the swarm settles, after the last it recovers
-_DOWN_SLOTS = 3  # a killed node stays away this long
-
-_Result = TypeVar("_Result")
 
 
-@dataclass
-class Peer:
-    """One daemon of the swarm."""
+@dataclass(frozen=True)
+class Lived:
+    """What is left of a swarm when all have left."""
 
-    index: int
-    tier: int
-    port: int
-    state_dir: Path
-    process: asyncio.subprocess.Process | None = None
-    observations: report.Observations = field(default_factory=report.Observations)
-
-    @property
-    def address(self) -> str:
-        """Where the others find it, once it has said who it is."""
-        return f"/ip4/127.0.0.1/tcp/{self.port}/p2p/{self.observations.peer_id}"
-
-    async def ask(self) -> StatusReply | None:
-        """Its status, or None while it does not answer; what it says is kept."""
-        client = ControlClient(control_socket_path(self.state_dir))
-        try:
-            reply = await asyncio.to_thread(client.status, self.observations.next_slot)
-        except NodeError:
-            return None
-        self.observations.note(asyncio.get_running_loop().time(), reply)
-        return reply
-
-    async def leave(self) -> int:
-        """Let it leave: its exit code."""
-        assert self.process is not None
-        with contextlib.suppress(NotRunning):
-            await asyncio.to_thread(ControlClient(control_socket_path(self.state_dir)).leave)
-        async with asyncio.timeout(_LEAVE_S_MAX):
-            return await self.process.wait()
+    began: float
+    """Loop time at which all trained."""
+    agreed: dict[int, dict[str, Any]]
+    exit_codes: list[int]
+    folders: dict[int, Path]
+    """State directories, by node."""
 
 
 class Swarm:
-    """Starts, watches, kills, judges."""
+    """Starts, watches, harms, judges."""
 
-    def __init__(self, options: SwarmOptions, root: Path) -> None:
+    def __init__(self, options: SwarmOptions, host: Host) -> None:
         self.options = options
-        tiers = [options.tiers[i % len(options.tiers)] for i in range(options.nodes)]
-        ports = _free_ports(options.nodes)
-        self.peers = [Peer(i, tier, ports[i], root / f"n{i}") for i, tier in enumerate(tiers)]
-        self.kills: list[dict[str, Any]] = []
-        self.splits = report.Splits(options.slot_s)
+        self.host = host
+        self.peers = host.peers
+        self.done: list[dict[str, Any]] = []
+        """What was done to it."""
+        self.splits = Splits()
         self._random = random.Random(options.seed)
 
     async def run(self) -> dict[str, Any]:
-        """The whole life of the swarm: its report."""
+        """The whole life of the swarm: its report. Raises NodeError."""
+        lived = await self.live()
+        observations = {peer.index: peer.observations for peer in self.peers}
+        losses = await asyncio.to_thread(self._losses, lived.folders)
+        return report.build(
+            self.options, observations, self.done, lived.agreed, self.splits, losses, lived.exit_codes, lived.began
+        )
+
+    async def live(self) -> Lived:
+        """From the first start to the last leave. Raises NodeError."""
+        host = self.host
         try:
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(self._watch())
-                await self._start_all()
+                await host.start_all()
+                for peer in self.peers:
+                    await until(partial(self._is, peer, "training"))
                 log.info("the swarm is complete", nodes=len(self.peers))
                 began = asyncio.get_running_loop().time()
                 await self._let_train(began)
                 agreed = await self._wait_for_agreement()
                 watching.cancel()
             log.info("leaving")
-            codes = await asyncio.gather(*(peer.leave() for peer in self.peers))
+            codes = await asyncio.gather(*(host.leave(peer) for peer in self.peers))
+            folders = {peer.index: await host.state_dir(peer) for peer in self.peers}
         finally:
-            await self._kill_all()
-        observations = {peer.index: peer.observations for peer in self.peers}
-        losses = await asyncio.to_thread(self._losses)
-        return report.build(self.options, observations, self.kills, agreed, self.splits, losses, codes, began)
+            await host.stop_all()
+        return Lived(began, agreed, codes, folders)
 
-    # --- starting and stopping ---------------------------------------------------------------------------------------
-
-    async def _start_all(self) -> None:
-        """The founder first, then everybody else at once."""
-        await self._start(self.peers[0], joins=False)
-        await self._until(lambda: self._is(self.peers[0], "training"))
-        for peer in self.peers[1:]:
-            await self._start(peer, joins=True)
-        for peer in self.peers[1:]:
-            await self._until(partial(self._is, peer, "training"))
-
-    async def _start(self, peer: Peer, *, joins: bool) -> None:
-        options = self.options
-        command = [sys.executable, "-m", "braniac.node", "join"]
-        command += ["--state-dir", str(peer.state_dir), "--tier", str(peer.tier), "--log-format", "json"]
-        command += ["--listen", f"/ip4/127.0.0.1/tcp/{peer.port}", "--preset", options.preset]
-        command += ["--set", f"run.slot_s={options.slot_s}", "--set", f"run.seed={options.seed}"]
-        for setting in options.sets:
-            command += ["--set", setting]
-        if joins:
-            command += ["--peers", self.peers[0].address]
-        peer.state_dir.mkdir(parents=True, exist_ok=True)
-        with (peer.state_dir.parent / f"n{peer.index}.log").open("ab") as output:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            peer.process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-            )
-
-    async def _kill_all(self) -> None:
-        for peer in self.peers:
-            if peer.process is not None and peer.process.returncode is None:
-                peer.process.kill()
-                await peer.process.wait()
-
-    # --- watching and killing ----------------------------------------------------------------------------------------
+    # --- watching and harming ----------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         while True:
-            replies = await asyncio.gather(*(peer.ask() for peer in self.peers if peer.process is not None))
+            replies = await asyncio.gather(*map(self.host.ask, self.peers))
             answers = [reply for reply in replies if reply is not None]
-            self.splits.look(asyncio.get_running_loop().time(), answers)
+            now = asyncio.get_running_loop().time()
+            report.look_for_splits(self.splits, now, answers, self.options.slot_s)
             await asyncio.sleep(_POLL_S)
 
     async def _let_train(self, began: float) -> None:
-        """Let time pass, with the kills spread over it: in turn the owner of the slot, and anybody."""
+        """Let time pass, with the faults spread over it, one after the other."""
         loop, options = asyncio.get_running_loop(), self.options
-        for number in range(options.kill):
-            share = _FIRST_KILL + (_LAST_KILL - _FIRST_KILL) * number / max(1, options.kill - 1)
-            await asyncio.sleep(max(0.0, began + share * options.seconds - loop.time()))
-            await self._kill_one(owner=number % 2 == 0)
+        for fault in faults.draw(options.faults, options.nodes, options.seconds, options.slot_s, self._random):
+            await asyncio.sleep(max(0.0, began + fault.at_s - loop.time()))
+            await self._harm(fault)
         await asyncio.sleep(max(0.0, began + options.seconds - loop.time()))
         for peer in self.peers:
-            await self._until(partial(self._is, peer, "training"))
+            await until(partial(self._is, peer, "training"))
 
-    async def _kill_one(self, *, owner: bool) -> None:
-        status = await self._until(lambda: self._first_answer())
-        victim, slot = self._random.choice(self.peers), status.slot
-        if owner:
-            peers = {peer_id_from_text(p.observations.peer_id): p for p in self.peers}
-            victim = peers[committee(bytes.fromhex(status.run_id), slot, peers)[0]]
-        assert victim.process is not None
-        victim.process.send_signal(signal.SIGKILL)
-        await victim.process.wait()
-        self.kills.append({"node": victim.index, "tier": victim.tier, "slot": slot, "owner_of_slot": owner})
-        log.info("killed a node", **self.kills[-1])
-        victim.observations.restarted()
-        await asyncio.sleep(_DOWN_SLOTS * self.options.slot_s)
-        await self._start(victim, joins=victim.index != 0)
+    async def _harm(self, fault: Fault) -> None:
+        status = await until(self._first_answer)
+        if fault.owner:
+            numbers = {peer_id_from_text(peer.observations.peer_id): peer.index for peer in self.peers}
+            owner = committee(bytes.fromhex(status.run_id), status.slot, numbers)[0]
+            fault = replace(fault, nodes=(numbers[owner],))
+        victims = [self.peers[number] for number in fault.nodes]
+        await self.host.begin(fault, victims)
+        entry = {"kind": fault.kind, "nodes": list(fault.nodes), "slot": status.slot, "lasts_s": fault.lasts_s}
+        if fault.kind == "kill":
+            entry |= {"tier": victims[0].tier, "owner_of_slot": fault.owner}
+        self.done.append(entry)
+        log.info("began a fault", **entry)
+        if fault.kind in ("kill", "pause"):
+            for peer in victims:
+                peer.observations.interrupted(restarted=fault.kind == "kill")
+        await asyncio.sleep(fault.lasts_s)
+        await self.host.end(fault, victims)
+        log.info("ended a fault", kind=fault.kind)
 
     async def _first_answer(self) -> StatusReply | None:
         for peer in self.peers:
-            if (status := await peer.ask()) is not None:
+            if (status := await self.host.ask(peer)) is not None:
                 return status
         return None
 
     async def _is(self, peer: Peer, state: str) -> StatusReply | None:
-        assert peer.process is not None
-        if peer.process.returncode is not None:
-            raise NodeError(f"node {peer.index} ended with exit code {peer.process.returncode}: see n{peer.index}.log")
-        status = await peer.ask()
+        status = await self.host.ask(peer)
         return status if status is not None and status.state == state else None
 
     async def _wait_for_agreement(self) -> dict[int, dict[str, Any]]:
@@ -198,7 +144,7 @@ class Swarm:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + 60 * self.options.slot_s
         while loop.time() < deadline:
-            replies = await asyncio.gather(*(peer.ask() for peer in self.peers))
+            replies = await asyncio.gather(*map(self.host.ask, self.peers))
             answers = [reply for reply in replies if reply is not None]
             if len(answers) == len(self.peers):  # silence is no agreement
                 report.keep_agreement(seen, report.compare(answers))
@@ -207,47 +153,60 @@ class Swarm:
             await asyncio.sleep(0.1 * self.options.slot_s)
         return seen
 
-    async def _until(self, condition: Callable[[], Awaitable[_Result | None]]) -> _Result:
-        async with asyncio.timeout(_START_S_MAX):
-            while True:
-                if (result := await condition()) is not None:
-                    return result
-                await asyncio.sleep(0.1)
-
     # --- judging -----------------------------------------------------------------------------------------------------
 
-    def _losses(self) -> dict[str, dict[str, float]]:
+    def _losses(self, folders: dict[int, Path]) -> dict[str, dict[str, float]]:
         """Held-out loss per tier: untrained, of the agreed weights, and of a node's own weights."""
         data = DataSection()
         losses: dict[str, dict[str, float]] = {"start": {}, "end": {}, "own": {}}
         for peer in sorted(self.peers, key=lambda p: -p.tier):
-            tier = (peer.tier,)
-            found = offline.evaluate(peer.state_dir, data=data, tiers=tier)
-            losses["start"][str(peer.tier)] = offline.initial_loss(peer.state_dir, data=data, tier=peer.tier)
-            losses["end"][str(peer.tier)] = found["agreed"][str(peer.tier)]
-            losses["own"][str(peer.tier)] = found["own"][str(peer.tier)]
+            tier, folder = str(peer.tier), folders[peer.index]
+            found = offline.evaluate(folder, data=data, tiers=(peer.tier,))
+            losses["start"][tier] = offline.initial_loss(folder, data=data, tier=peer.tier)
+            losses["end"][tier] = found["agreed"][tier]
+            losses["own"][tier] = found["own"][tier]
         return losses
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now; fixed, so that a node is found again after it was killed."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def run_swarm(options: SwarmOptions, deploy_dir: Path | None = None) -> dict[str, Any]:
+    """Run a swarm of processes, or of the containers that a folder's compose files describe: its report.
 
-
-def run_swarm(options: SwarmOptions) -> dict[str, Any]:
-    """Run a swarm and return its report. Raises NodeError."""
+    Raises NodeError.
+    """
     root = options.keep_dir or Path(tempfile.mkdtemp(prefix="braniac-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
-        return asyncio.run(Swarm(options, root).run())
+        return asyncio.run(Swarm(options, _host(options, root, deploy_dir)).run())
     except TimeoutError:
         raise NodeError(
-            f"the swarm did not get going in {_START_S_MAX:.0f} s: run again with --keep-dir for logs"
+            f"the swarm did not get going in {START_S_MAX:.0f} s: run again with --keep-dir for logs"
         ) from None
+    except ExceptionGroup as errors:
+        if found := errors.subgroup(NodeError):
+            raise _first(found) from None
+        raise
     finally:
         if options.keep_dir is None:
             shutil.rmtree(root, ignore_errors=True)
+
+
+def _host(options: SwarmOptions, root: Path, deploy_dir: Path | None) -> Host:
+    host: Host
+    if deploy_dir is None:
+        from braniac.node.swarm_processes import ProcessHost
+
+        host, where = ProcessHost(options, root), "processes: use --engine docker"
+    else:
+        from braniac.node.swarm_docker import DockerHost
+
+        host, where = DockerHost(options, root, deploy_dir), "containers"
+    faults.check_possible(options.faults, host.FAULTS, where)
+    return host
+
+
+def _first(errors: BaseExceptionGroup[NodeError]) -> NodeError:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, NodeError)
+    return error

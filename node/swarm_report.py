@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from braniac.node.control_pb2 import SlotRecord, StatusReply
+from braniac.node.splits import Splits
 from braniac.node.swarm_options import SwarmOptions
 
 
@@ -41,10 +42,10 @@ class Observations:
             if self.lives == 1:
                 self.join_bytes = (reply.join_bytes_received, reply.join_bytes_needed)
 
-    def restarted(self) -> None:
-        """It was killed: step counts may go back."""
+    def interrupted(self, *, restarted: bool) -> None:
+        """It does not train for a while and that is no stall; after a restart step counts may go back."""
         self.steps.append((float("nan"), -1))
-        self.lives += 1
+        self.lives += restarted
 
     def stall_s_max(self, began: float) -> float:
         """Longest time without an inner step while it ran."""
@@ -59,45 +60,10 @@ class Observations:
         return longest
 
 
-@dataclass
-class Splits:
-    """Times in which nodes showed different bytes of a fragment for the same last slot.
-
-    A moment of this is normal. Updates add up in any order, so a node that comes back may hold the newest certificate
-    before an older one that it missed, or bring one that nobody else has: it heals when the other certificate has
-    gone round. A split that outlives a window does not heal by certificates, and means that somebody has lost one.
-    """
-
-    slot_s: float
-    window_s: float = 0.0
-    durations_s: list[float] = field(default_factory=list)
-    """Of every split that is over."""
-    _since: dict[int, float] = field(default_factory=dict)
-    _looked_at: float = 0.0
-
-    def look(self, at: float, replies: Iterable[StatusReply]) -> None:
-        """One look at all daemons."""
-        self._looked_at = at
-        shown: dict[tuple[int, int], set[bytes]] = defaultdict(set)
-        for reply in replies:
-            self.window_s = max(self.window_s, reply.fragments * self.slot_s)
-            for state in reply.digests:
-                shown[state.fragment, state.slot].add(state.digest)
-        split = {fragment for (fragment, _), digests in shown.items() if len(digests) > 1}
-        for fragment in split - self._since.keys():
-            self._since[fragment] = at
-        for fragment in self._since.keys() - split:
-            self.durations_s.append(at - self._since.pop(fragment))
-
-    def figures(self) -> dict[str, Any]:
-        """Splits that outlived a window, the others, and the longest."""
-        durations = [*self.durations_s, *(self._looked_at - since for since in self._since.values())]
-        lasting = sum(duration > self.window_s for duration in durations)
-        return {
-            "disagreements": lasting,
-            "disagreements_healed": len(durations) - lasting,
-            "disagreement_s_max": round(max(durations, default=0.0), 3),
-        }
+def look_for_splits(splits: Splits, at: float, replies: Sequence[StatusReply], slot_s: float) -> None:
+    """One look at all daemons."""
+    splits.window_s = max([splits.window_s, *(reply.fragments * slot_s for reply in replies)])
+    splits.look(at, (state for reply in replies for state in reply.digests))
 
 
 def compare(replies: Iterable[StatusReply]) -> dict[int, dict[str, Any]]:
@@ -134,7 +100,7 @@ def keep_agreement(seen: dict[int, dict[str, Any]], looks: Mapping[int, dict[str
 def build(
     options: SwarmOptions,
     observations: Mapping[int, Observations],
-    kills: Sequence[Mapping[str, Any]],
+    done: Sequence[Mapping[str, Any]],
     agreed: Mapping[int, Mapping[str, Any]],
     splits: Splits,
     losses: Mapping[str, Mapping[str, float]],
@@ -150,8 +116,9 @@ def build(
         "tiers": list(options.tiers),
         "seconds": options.seconds,
         "slot_s": options.slot_s,
-        "kills": len(kills),
-        "killed": [dict(kill) for kill in kills],
+        "faults": [dict(fault) for fault in done],
+        "kills": sum(fault["kind"] == "kill" for fault in done),
+        "killed": [node for fault in done if fault["kind"] == "kill" for node in fault["nodes"]],
         "certificates": certificates,
         "slots": slots,
         "certificate_gap_s_max": round(gap_s, 3),

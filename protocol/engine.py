@@ -31,7 +31,7 @@ from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
 from braniac.protocol.messages import FragmentState, Heartbeat, Message
 from braniac.protocol.outbox import Outbox
-from braniac.protocol.roster import Roster
+from braniac.protocol.roster import Member, Roster
 from braniac.protocol.rounds import Rounds
 
 
@@ -41,8 +41,11 @@ class Engine:
     def __init__(
         self, manifest: Manifest, identity: Identity, tier: int, *, incarnation: int, now: float, history: History
     ) -> None:
-        """`incarnation` must grow with every start of an identity; `history` is what was recovered, or new."""
-        assert 0 <= tier < manifest.tiers
+        """`incarnation` must grow with every start of an identity; `history` is what was recovered, or new.
+
+        At `manifest.observer_tier` it holds nothing and only listens: it must not be `set_ready`.
+        """
+        assert 0 <= tier <= manifest.observer_tier
         self.manifest = manifest
         self.tier = tier
         self.me = identity.peer_id
@@ -50,6 +53,10 @@ class Engine:
         self.history = history
         self.addresses: tuple[str, ...] = ()
         self.tokens_per_s = 0.0
+        self.loss: float | None = None
+        """Of the training, as others are told."""
+        self.version = ""
+        """Of the program, as others are told."""
         self.received = 0
         self.accepted = 0
         self.refused: Counter[Refusal] = Counter()
@@ -88,6 +95,10 @@ class Engine:
     @property
     def ready(self) -> bool:
         return self._rounds.ready_slot >= 0
+
+    def live_peers(self) -> list[Member]:
+        """Who else takes part, as far as was heard lately: observers do not."""
+        return [member for member in self.roster.live(self._slot) if member.tier < self.manifest.observer_tier]
 
     def anchors(self) -> Mapping[int, FragmentState]:
         """Hash and last slot of every anchor this peer holds."""
@@ -140,6 +151,7 @@ class Engine:
 
     def set_ready(self) -> None:
         """All anchors are here: take part from now on."""
+        assert self.tier < self.manifest.observer_tier, "an observer takes no part"
         assert len(self._agreement.mine) == len(self.manifest.held(self.tier))
         self._rounds.ready_slot = max(0, self._slot)
         self._broadcast(self._heartbeat())
@@ -284,6 +296,8 @@ class Engine:
             tuple(self._agreement.mine.values()),
             self.tokens_per_s,
             self._rounds.unreachable_slot,
+            self.loss,
+            self.version,
         )
 
     def _broadcast(self, message: Message) -> None:

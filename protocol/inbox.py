@@ -91,7 +91,8 @@ class Inbox:
                 self._ban(message, slot)
 
     def _on_heartbeat(self, sender: PeerId, heartbeat: Heartbeat, sequence: int, slot: int) -> None:
-        if heartbeat.tier >= self._manifest.tiers:
+        observes = heartbeat.tier == self._manifest.observer_tier and heartbeat.ready_slot < 0
+        if heartbeat.tier >= self._manifest.tiers and not observes:
             raise WireError(Refusal.MALFORMED, f"tier {heartbeat.tier} does not exist in this run")
         member, returned = self._roster.hear(sender, heartbeat, slot, sequence)
         self._greetings.answered(sender)

@@ -36,6 +36,7 @@ INTRODUCED_MAX = 64  # peers named to a newcomer
 REPLAY_WINDOW = 1024  # sequence numbers remembered per peer
 ADDRESSES_MAX = 8
 ADDRESS_BYTES_MAX = 256
+VERSION_LENGTH_MAX = 32  # characters in what a peer says its program's version is
 
 # Slots: how long things matter, in slots
 ROSTER_LIVE_SLOTS = 4  # a peer is live if it was heard within this many slots

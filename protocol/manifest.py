@@ -105,6 +105,11 @@ class Manifest:
         """Swarm time at which `slot` begins."""
         return (self.epoch_ms + slot * self.slot_ms) / 1000
 
+    @property
+    def observer_tier(self) -> int:
+        """The tier of who only listens: below the smallest, where no fragment is held."""
+        return self.tiers
+
     def holds(self, tier: int, fragment: int) -> bool:
         """Whether a peer of `tier` holds `fragment`."""
         return self.fragments[fragment].ring <= self.tiers - 1 - tier

@@ -43,6 +43,10 @@ class Heartbeat:
     tokens_per_s: float = 0.0
     unreachable_slot: int = 0
     """Since when others cannot dial it, so that it takes no seats; 0: they can."""
+    loss: float | None = None
+    """Training loss in nats per byte, as it says."""
+    version: str = ""
+    """Of its program, as it says."""
 
 
 @dataclass(frozen=True)

@@ -313,13 +313,20 @@ class Heartbeat(_message.Message):
     ANCHORS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     UNREACHABLE_SLOT_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     tier: _builtins.int
+    """as many as the run has tiers: an observer, which holds nothing and is never ready"""
     ready_slot: _builtins.int
     """since when my anchors are current and I may sit in committees; -1: joining"""
     tokens_per_s: _builtins.float
     unreachable_slot: _builtins.int
     """since when others cannot dial me, so that I take no seats; 0: they can"""
+    loss: _builtins.float
+    """my training loss in nats per byte; only observers look at it"""
+    version: _builtins.str
+    """of my program; only observers look at it"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -341,12 +348,16 @@ class Heartbeat(_message.Message):
         anchors: _abc.Iterable[Global___FragmentState] | None = ...,
         tokens_per_s: _builtins.float = ...,
         unreachable_slot: _builtins.int = ...,
+        loss: _builtins.float | None = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "anchors", b"anchors", "ready_slot", b"ready_slot", "recent", b"recent", "slot", b"slot", "tier", b"tier", "tokens_per_s", b"tokens_per_s", "unreachable_slot", b"unreachable_slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "addresses", b"addresses", "anchors", b"anchors", "loss", b"loss", "ready_slot", b"ready_slot", "recent", b"recent", "slot", b"slot", "tier", b"tier", "tokens_per_s", b"tokens_per_s", "unreachable_slot", b"unreachable_slot", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 

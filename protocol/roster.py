@@ -59,6 +59,8 @@ class Member:
     anchors: dict[int, FragmentState] = field(default_factory=dict)
     tokens_per_s: float = 0.0
     unreachable_slot: int = 0
+    loss: float | None = None
+    version: str = ""
     gone: bool = False
     merged: int = 0
     """Contributions of this peer in certificates seen here."""
@@ -124,6 +126,8 @@ class Roster:
             {state.fragment: state for state in heartbeat.anchors},
             heartbeat.tokens_per_s,
             heartbeat.unreachable_slot,
+            heartbeat.loss,
+            heartbeat.version,
             merged=known.merged if known else 0,
         )
         if known is not None:

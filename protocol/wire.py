@@ -6,6 +6,7 @@ keep those bytes; the envelope around a message proves who sent it, to whom it m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from google.protobuf.message import DecodeError
@@ -32,6 +33,7 @@ from braniac.protocol.messages import (
 )
 
 _ENVELOPE = b"envelope"
+_VERSION = re.compile(rf"[0-9A-Za-z.+!_-]{{0,{limits.VERSION_LENGTH_MAX}}}")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -76,6 +78,8 @@ def _heartbeat_out(message: Heartbeat) -> pb.Heartbeat:
         anchors=[pb.FragmentState(fragment=s.fragment, slot=s.slot, digest=s.digest) for s in message.anchors],
         tokens_per_s=message.tokens_per_s,
         unreachable_slot=message.unreachable_slot,
+        loss=message.loss,
+        version=message.version,
     )
 
 
@@ -129,8 +133,10 @@ def _message_in(content: pb.Content, run_id: bytes) -> Message:
 
 def _heartbeat_in(message: pb.Heartbeat) -> Heartbeat:
     require(len(message.anchors) <= limits.FRAGMENTS_MAX, "too many fragments")
-    require(message.tier < 16, "no such tier")
+    require(message.tier <= 16, "no such tier")
     require(0 <= message.tokens_per_s < 1e12, "a speed out of range")
+    require(0 <= message.loss < 1e6, "a loss out of range")
+    require(_VERSION.fullmatch(message.version) is not None, "a version that is none")
     anchors = tuple(FragmentState(f.fragment, slot_of(f.slot, -1), digest_of(f.digest)) for f in message.anchors)
     return Heartbeat(
         slot_of(message.slot, -1),
@@ -141,6 +147,8 @@ def _heartbeat_in(message: pb.Heartbeat) -> Heartbeat:
         anchors,
         message.tokens_per_s,
         slot_of(message.unreachable_slot),
+        message.loss if message.HasField("loss") else None,
+        message.version,
     )
 
 

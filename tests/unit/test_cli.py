@@ -23,7 +23,7 @@ from braniac.node.settings_merge import load_config
 from braniac.protocol.errors import ManifestError, VersionMismatch
 
 VERBS = [
-    *("join", "status", "peers", "leave", "generate", "evaluate", "swarm"),
+    *("join", "status", "peers", "leave", "generate", "evaluate", "swarm", "observe", "shape"),
     *("pause", "resume", "finish", "logs", "contributions"),
     *("init", "link", "costs", "doctor"),
     *("train", "profile", "mixnmatch", "export", "convert", "version", "config"),
@@ -456,3 +456,15 @@ def test_tiers() -> None:
     assert commands.parse_tiers("0, 3,3") == (0, 3, 3)
     with pytest.raises(ConfigError, match="--tiers '0,4' is not a list of tiers"):
         commands.parse_tiers("0,4")
+
+
+def test_a_reply_comes_back_from_its_json() -> None:
+    reply = control_pb2.StatusReply(
+        state="training", slot=7, train_loss=0.0, peers_by_tier={0: 2, 3: 1}, forfeited={"clipped": 4},
+        addresses=["/ip4/1.2.3.4", "/ip4/5.6.7.8"], caps=control_pb2.Caps(threads=2),
+        slots=[control_pb2.SlotRecord(slot=6, certificate=b"\x00\xff", outcome="merged")],
+        digests=[control_pb2.FragmentDigest(fragment=1, slot=6, digest=bytes(32))],
+    )  # fmt: skip
+    back = control_pb2.StatusReply()
+    commands.fill_message(back, json.loads(commands.json_text(commands.message_dict(reply))))
+    assert back == reply

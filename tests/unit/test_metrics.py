@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from braniac.node.bounded_server import CONNECTIONS_MAX, REQUEST_BYTES_MAX
 from braniac.node.clock import FakeClock
 from braniac.node.errors import ResourceError
-from braniac.node.metrics import STATES, EventLoopLag, Metrics
+from braniac.node.metrics import EventLoopLag, Metrics
 from braniac.node.metrics_server import MetricsServer
 from braniac.protocol.errors import Refusal
 
@@ -88,11 +88,11 @@ def test_every_series_exists_from_the_start() -> None:
 
 def test_the_state_is_one_hot() -> None:
     metrics = new_metrics()
-    for state in STATES:
+    for state in Metrics.STATES:
         metrics.set_state(state)
         found = samples(metrics)
         assert metrics.state == state
-        assert [s for s in STATES if found["braniac_node_state", frozenset({s})] == 1] == [state]
+        assert [s for s in Metrics.STATES if found["braniac_node_state", frozenset({s})] == 1] == [state]
     with pytest.raises(AssertionError):
         metrics.set_state("elsewhere")
 

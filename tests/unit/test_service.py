@@ -14,88 +14,20 @@ import pytest
 
 from braniac.node import identity_file, offline
 from braniac.node.clock import SystemClock
-from braniac.node.config import DataSection, MetricsSection, NetworkSection, NodeConfig, StateSection, TrainSection
+from braniac.node.config import DataSection, MetricsSection, NodeConfig, StateSection, TrainSection
 from braniac.node.errors import Incompatible
 from braniac.node.p2pd import P2pdOptions
 from braniac.node.service import Service
 from braniac.node.store import Store
 from braniac.node.transport_memory import MemoryNetwork, MemoryTransport
-from braniac.protocol.manifest import Manifest
-from tests.unit.node_harness import PATIENCE_S, TEXT, until, write_run
-
-SLOT_MS = 600
-LOOK_S = 0.01
-
-
-class Swarm:
-    """Daemons of one run. The first founds it; the others are told where the first is."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.memory = MemoryNetwork()
-        self.manifest: Manifest = write_run(root / "n0", SLOT_MS, epoch_s=time.time())
-        self.daemons: list[Service] = []
-        self.tasks: list[asyncio.Task[None]] = []
-        (root / "text.txt").write_bytes(TEXT.tobytes())
-
-    async def _start_transport(self, path: Path, options: P2pdOptions) -> MemoryTransport:
-        return self.memory.join(identity_file.load(path).peer_id)
-
-    def config(self, name: str, tier: int, peers: tuple[str, ...]) -> NodeConfig:
-        return NodeConfig(
-            network=NetworkSection(peers=peers, call_timeout_s=5.0),
-            train=TrainSection.model_validate({"tier": tier, "batch": 2, "nice": 19}),
-            data=DataSection(paths=(self.root / "text.txt",)),
-            state=StateSection(dir=self.root / name),
-            metrics=MetricsSection(enabled=False),
-        )
-
-    @property
-    def door(self) -> str:
-        """Where the first daemon is."""
-        return self.daemons[0].node.network.transport.addresses()[0]
-
-    def start(self, name: str, tier: int, peers: tuple[str, ...] = ()) -> Service:
-        daemon = Service(self.config(name, tier, peers), SystemClock(), self._start_transport)
-        self.daemons.append(daemon)
-        self.tasks.append(asyncio.ensure_future(daemon.run()))
-        return daemon
-
-    async def found(self) -> Service:
-        daemon = self.start("n0", 0)
-        await self.until(lambda: daemon.node.metrics.state == "training")
-        return daemon
-
-    async def join(self, name: str, tier: int) -> Service:
-        daemon = self.start(name, tier, (self.door,))
-        await self.until(lambda: daemon.node.metrics.state == "training")
-        return daemon
-
-    async def until(self, condition: object) -> None:
-        """Wait for something; the end of a daemon ends the wait."""
-        assert callable(condition)
-        await until(lambda: condition() or any(task.done() for task in self.tasks), LOOK_S)
-        for task in self.tasks:
-            if task.done():
-                await task
-        assert condition()
-
-    async def ended(self, daemon: Service) -> None:
-        """Wait for a daemon's end, and raise what ended it."""
-        task = self.tasks.pop(self.daemons.index(daemon))
-        self.daemons.remove(daemon)
-        async with asyncio.timeout(PATIENCE_S):
-            await task
+from tests.unit.daemons import LOOK_S, SLOT_MS, Swarm, swarm_below
+from tests.unit.node_harness import TEXT, until, write_run
 
 
 @pytest.fixture
 async def swarm(tmp_path: Path) -> AsyncIterator[Swarm]:
-    swarm = Swarm(tmp_path)
-    yield swarm
-    for daemon, task in zip(swarm.daemons, swarm.tasks, strict=True):
-        if not task.done():
-            daemon.leave(now=True)
-    await asyncio.gather(*swarm.tasks, return_exceptions=True)
+    async for swarm in swarm_below(tmp_path):
+        yield swarm
 
 
 def contributors(daemon: Service) -> set[int]:
@@ -145,7 +77,7 @@ async def test_two(swarm: Swarm) -> None:
     assert again.status.engine is not None
     founder.leave()
     await swarm.ended(founder)
-    assert not founder.daemon._in_flight
+    assert not founder.daemon._pump._in_flight
 
 
 async def test_a_lost_anchor_is_downloaded_again(swarm: Swarm) -> None:

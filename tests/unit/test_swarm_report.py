@@ -9,11 +9,12 @@ import pytest
 
 from braniac.node import swarm_report as report
 from braniac.node.control_pb2 import SlotRecord, StatusReply
+from braniac.node.splits import Splits
 from braniac.node.swarm_options import SwarmOptions
 from braniac.node.swarm_report import Observations
 
 OPTIONS = SwarmOptions(
-    nodes=2, tiers=(0, 3), seconds=10, kill=1, seed=0, preset="tiny", slot_s=1.0, sets=(), keep_dir=Path(), json=True
+    nodes=2, tiers=(0, 3), seconds=10, seed=0, preset="tiny", slot_s=1.0, sets=(), keep_dir=Path(), json=True
 )
 GOOD = {"start": {"0": 5.5}, "end": {"0": 2.0}, "own": {"0": 1.9}}
 AGREED = {0: {"agree": True, "slot": 9, "holders": 2}}
@@ -42,11 +43,11 @@ def build(
     *observations: Observations,
     codes: tuple[int, ...] = (0, 0),
     agreed: Any = None,
-    splits: report.Splits | None = None,
+    splits: Splits | None = None,
 ) -> dict[str, Any]:
     numbered = dict(enumerate(observations))
-    looks, apart = AGREED if agreed is None else agreed, splits or report.Splits(OPTIONS.slot_s)
-    return report.build(OPTIONS, numbered, [{"node": 1}], looks, apart, GOOD, codes, 0.0)
+    looks, apart = AGREED if agreed is None else agreed, splits or Splits()
+    return report.build(OPTIONS, numbered, [{"kind": "kill", "nodes": [1]}], looks, apart, GOOD, codes, 0.0)
 
 
 def steady(**fields: Any) -> Observations:
@@ -104,7 +105,7 @@ def test_stalls_are_measured_from_the_last_step_and_not_over_a_kill() -> None:
         observations.note(at, reply(steps=steps))
     assert observations.stall_s_max(0.0) == 3.0
     assert observations.stall_s_max(2.0) == 0.0
-    observations.restarted()
+    observations.interrupted(restarted=True)
     for at, steps in ((50.0, 2), (50.5, 3)):  # back to the last generation
         observations.note(at, reply(steps=steps))
     assert observations.stall_s_max(0.0) == 3.0
@@ -156,9 +157,10 @@ def test_a_swarm_that_stops_is_a_gap() -> None:
 
 def splits(*looks: tuple[float, bytes, bytes], slots: tuple[int, int] = (4, 4)) -> dict[str, Any]:
     """What is said of two nodes that showed these bytes at these times; a window is 4 s."""
-    found = report.Splits(OPTIONS.slot_s)
+    found = Splits()
     for at, first, second in looks:
-        found.look(at, [reply(digests={0: (slots[0], first)}), reply(digests={0: (slots[1], second)})])
+        replies = [reply(digests={0: (slots[0], first)}), reply(digests={0: (slots[1], second)})]
+        report.look_for_splits(found, at, replies, OPTIONS.slot_s)
     return found.figures()
 
 
@@ -174,9 +176,10 @@ def test_a_split_that_outlives_a_window_fails_the_swarm() -> None:
     lasting = {"disagreements": 1, "disagreements_healed": 0, "disagreement_s_max": 4.5}
     assert splits((1.0, b"x", b"z"), (5.5, b"x", b"x")) == lasting
     assert splits((1.0, b"x", b"z"), (5.5, b"y", b"z")) == lasting  # still there at the end
-    found = report.Splits(OPTIONS.slot_s)
+    found = Splits()
     for at in (1.0, 5.5):
-        found.look(at, [reply(digests={0: (4, b"x")}), reply(digests={0: (4, b"z")})])
+        replies = [reply(digests={0: (4, b"x")}), reply(digests={0: (4, b"z")})]
+        report.look_for_splits(found, at, replies, OPTIONS.slot_s)
     checks = build(steady(), steady(), splits=found)["checks"]
     assert [name for name, good in checks.items() if not good] == ["no_disagreement_outlived_a_window"]
 
