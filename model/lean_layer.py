@@ -50,38 +50,52 @@ class LeanLayer:
         self.o_name = f"{prefix}.self_attn.o_proj.weight"
         self.ffn_names = [f"{prefix}.mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")[3 - len(self.ffn) :]]
 
-    def forward(self, x_ND: Tensor, length: int, width: int) -> Tensor:
-        """[N, D] -> [N, D], for windows of `length` tokens and an FFN of `width` neurons."""
-        return self._feed(self._attend(x_ND, length, self._kv_heads(width)), width)
+    def forward(self, x_ND: Tensor, length: int, width: int, extra_NJ: Tensor | None) -> Tensor:
+        """[N, D] -> [N, D], for windows of `length` tokens and an FFN of `width` neurons.
 
-    def backward(self, inputs: Sequence[Tensor], flows: list[Tensor], length: int, widths: Sequence[int]) -> None:
+        `extra_NJ` is added to the values of attention.
+        """
+        return self._feed(self._attend(x_ND, length, self._kv_heads(width), extra_NJ), width)
+
+    def backward(
+        self,
+        inputs: Sequence[Tensor],
+        flows: list[Tensor],
+        length: int,
+        widths: Sequence[int],
+        extra_NJ: Tensor | None,
+    ) -> list[Tensor]:
         """Move the layer's matrices, and take `flows` [N, D] in place from its output back to its input.
 
-        All three sequences have one entry for each width that the step trains.
+        All three sequences have one entry for each width that the step trains. Returned is what flows back to the
+        values of attention, [N, J] for each width.
         """
         kv_heads = [self._kv_heads(width) for width in widths]
-        middles = [self._attend(x_ND, length, heads) for x_ND, heads in zip(inputs, kv_heads, strict=True)]
+        middles = [self._attend(x_ND, length, heads, extra_NJ) for x_ND, heads in zip(inputs, kv_heads, strict=True)]
         self._feed_backward(middles, flows, widths)
         del middles
-        self._attend_backward(inputs, flows, length, kv_heads)
+        return self._attend_backward(inputs, flows, length, kv_heads, extra_NJ)
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
-    def _attend(self, x_ND: Tensor, length: int, kv_heads: int) -> Tensor:
+    def _attend(self, x_ND: Tensor, length: int, kv_heads: int, extra_NJ: Tensor | None) -> Tensor:
         """The first half: [N, D] -> [N, D]"""
-        qkv = self._project(normalise(self.block.input_layernorm, x_ND), kv_heads)
+        qkv = self._project(normalise(self.block.input_layernorm, x_ND), kv_heads, extra_NJ)
         y_NI = torch.empty_like(qkv[0])
         for q_at, kv_at in self._heads(qkv, length):
             leaves = [z[at].to(self.compute) for z, at in zip(qkv, (q_at, kv_at, kv_at), strict=True)]
             y_NI[q_at] = self._mix(leaves, length)
         return self._times(y_NI, self._rows(self.block.self_attn.o_proj, 0, y_NI.shape[1]), plus=x_ND)
 
-    def _project(self, normed_ND: Tensor, kv_heads: int) -> list[Tensor]:
+    def _project(self, normed_ND: Tensor, kv_heads: int, extra_NJ: Tensor | None) -> list[Tensor]:
         """Queries [N, I], keys and values [N, J]."""
         attention = self.block.self_attn
         kv_rows = kv_heads * attention.head_dim
         rows = (kv_rows * attention.group, kv_rows, kv_rows)
-        return [self._times(normed_ND, self._rows(m, 0, count).mT) for m, count in zip(self.qkv, rows, strict=True)]
+        return [
+            self._times(normed_ND, self._rows(matrix, 0, count).mT, plus)
+            for matrix, count, plus in zip(self.qkv, rows, (None, None, extra_NJ), strict=True)
+        ]
 
     def _mix(self, qkv: Sequence[Tensor], length: int) -> Tensor:
         """What some heads read in some whole windows: [M, I] from queries [M, I], keys and values [M, J]."""
@@ -90,13 +104,18 @@ class LeanLayer:
         return self.block.self_attn.mix(q_BTI, k_BTJ, v_BTJ, cos_TK, sin_TK).flatten(0, 1)
 
     def _attend_backward(
-        self, inputs: Sequence[Tensor], flows: list[Tensor], length: int, kv_heads: Sequence[int]
-    ) -> None:
+        self,
+        inputs: Sequence[Tensor],
+        flows: list[Tensor],
+        length: int,
+        kv_heads: Sequence[int],
+        extra_NJ: Tensor | None,
+    ) -> list[Tensor]:
         norm = self.block.input_layernorm
         normed = [normalise(norm, x_ND) for x_ND in inputs]
         projected, mixed = [], []
         for x_ND, flow_ND, heads in zip(normed, flows, kv_heads, strict=True):
-            qkv = self._project(x_ND, heads)
+            qkv = self._project(x_ND, heads, extra_NJ)
             mixed.append(self._mix_backward(qkv, flow_ND, length))
             projected.append(qkv)  # now their gradients
         self._move(self.o_name, list(zip(mixed, flows, strict=True)))
@@ -110,6 +129,7 @@ class LeanLayer:
             normalise_backward(norm, x_ND, back_ND, flow_ND)
         for number, name in enumerate(self.qkv_names):
             self._move(name, [(deltas[number], x_ND) for deltas, x_ND in zip(projected, normed, strict=True)])
+        return [value_delta_NJ for _, _, value_delta_NJ in projected]
 
     def _mix_backward(self, qkv: list[Tensor], flow_ND: Tensor, length: int) -> Tensor:
         """What the heads read, [N, I]; overwrites queries, keys and values by their gradients."""
@@ -158,7 +178,7 @@ class LeanLayer:
             *pre, down_WD = (self._rows(matrix, start, stop) for matrix in self.ffn)
             for at in chunks(len(total_ND)):
                 x_MD = normed_ND[at].to(self.compute)
-                _add_product(total_ND[at], _activate([x_MD @ matrix_WD.mT for matrix_WD in pre]), down_WD)
+                _add_product(total_ND[at], self._activate([x_MD @ matrix_WD.mT for matrix_WD in pre]), down_WD)
         return total_ND.to(self.stored)
 
     def _feed_backward(self, middles: Sequence[Tensor], flows: list[Tensor], widths: Sequence[int]) -> None:
@@ -194,12 +214,16 @@ class LeanLayer:
             x_MD, flow_MD = x_ND[at].to(self.compute), flow_ND[at].to(self.compute)
             leaves = [(x_MD @ matrix_WD.mT).requires_grad_() for matrix_WD in pre]
             with torch.enable_grad():
-                active_MW = _activate(leaves)
+                active_MW = self._activate(leaves)
                 deltas = torch.autograd.grad(pairing(active_MW, flow_MD @ down_WD.mT), leaves)
             _add_product(gradients[-1], active_MW.detach().mT, flow_MD)
             for delta_MW, matrix_WD, gradient_WD in zip(deltas, pre, gradients[:-1], strict=True):
                 _add_product(gradient_WD, delta_MW.mT, x_MD)
                 _add_product(back_ND[at], delta_MW, matrix_WD)
+
+    def _activate(self, pre: Sequence[Tensor]) -> Tensor:
+        """From the pre-activations of gate, if there is one, and up."""
+        return activate(pre[-1], pre[0] if len(pre) > 1 else None, self.block.mlp.activation)
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
@@ -248,11 +272,6 @@ def chunks(tokens: int) -> Iterator[slice]:
 def _pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
     for start in range(0, count, at_once):
         yield start, min(start + at_once, count)
-
-
-def _activate(pre: Sequence[Tensor]) -> Tensor:
-    """From the pre-activations of gate, if there is one, and up."""
-    return activate(pre[-1], pre[0] if len(pre) > 1 else None)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

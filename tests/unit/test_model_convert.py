@@ -30,7 +30,8 @@ SMALL = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, 
 LLAMA = dataclasses.replace(SMALL, family="llama", num_attention_heads=4, num_key_value_heads=2)
 NESTED = dataclasses.replace(SMALL, num_attention_heads=16, num_key_value_heads=8, head_size=4, nested_heads=True)
 TIED = dataclasses.replace(NESTED, family="llama", tie_word_embeddings=True)
-FAMILIES = {"nanogpt": SMALL, "llama": LLAMA, "nested": NESTED, "tied": TIED}
+RICH = dataclasses.replace(SMALL, value_embeddings=1, skip_connections=True)
+FAMILIES = {"nanogpt": SMALL, "llama": LLAMA, "nested": NESTED, "tied": TIED, "rich": RICH}
 each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 MEASURED: tuple[Kind, ...] = ("norm", "activation", "fisher")
 PLANTED = [3, 11, 20, 31, 40, 47, 55, 62]
