@@ -1,7 +1,8 @@
 """The shape of a model: one frozen dataclass, strict because it also arrives from strangers, and a few presets.
 
-Two families share it. `nanogpt` follows modded-nanogpt: norms without gain, QK-norm, ReLU squared, logit soft-cap, each of which can be
-switched off, and value embeddings and skip connections, which can be switched on; docs/LOG.md has what each is worth.
+Two families share it. `nanogpt` follows modded-nanogpt: norms without gain, and QK-norm, ReLU squared and a logit
+soft-cap, each of which can be switched off, value embeddings and skip connections, which can be switched on;
+docs/LOG.md has what each is worth.
 `llama` computes what Hugging Face's `LlamaForCausalLM` does (norms with gain, SwiGLU, grouped queries), so that each of
 its tiers is a stock model for anybody else's software. Field names are Hugging Face's where it has one.
 """
@@ -94,8 +95,8 @@ class ModelConfig:
     """Whether output projections and head start at zero, and not at random."""
 
     value_embeddings: int = 0
-    """nanogpt: tables of what each token adds to the values of attention. Each serves one of as many first layers and one
-    of as many last ones, in the same order: with two tables, layers use 0 1 ... 0 1."""
+    """nanogpt: tables of what each token adds to the values of attention. Each serves one of as many first layers and
+    one of as many last ones, in the same order: with two tables, layers use 0 1 ... 0 1."""
 
     skip_connections: bool = False
     """nanogpt: whether each layer of the second half also gets the input of its mirror image in the first half."""

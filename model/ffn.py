@@ -1,4 +1,4 @@
-"""The MatFormer feed-forward block: ReLU squared, GELU or SwiGLU, sliced to any width by taking a prefix of its neurons.
+"""The MatFormer feed-forward block: ReLU squared, GELU or SwiGLU, sliced to any width by taking a prefix of neurons.
 
 Shape legend: B = sequences, T = tokens, D = hidden size, H = FFN neurons held (the tier's width), W = neurons in use.
 """

@@ -55,9 +55,7 @@ class Reader:
         self.config = config
         self.cache = KVCache(config, batch, config.context)
         self._batch = batch
-        self._layers = [
-            _views(model, layer, width_used) for layer, width_used in enumerate(model.layer_widths(width))
-        ]
+        self._layers = [_views(model, layer, width_used) for layer, width_used in enumerate(model.layer_widths(width))]
         self._embedding = model.model.embed_tokens.weight.detach()
         self._head = self._embedding if model.lm_head is None else model.lm_head.weight.detach()
         gain, skips = model.model.norm.weight, model.model.skips
@@ -102,7 +100,7 @@ class Reader:
         x_RD = F.embedding(tokens_BT.flatten(), self._embedding)
         if self.config.normalises_embedding:
             x_RD = self._norm(x_RD, None)
-        inputs = []
+        inputs: list[Tensor] = []
         for number, layer in enumerate(self._layers):
             if layer.mirror is not None and self._skips is not None:
                 x_RD = torch.addcmul(x_RD, self._skips[layer.mirror], inputs[layer.mirror])

@@ -74,7 +74,10 @@ def test_dict_round_trip_survives_json() -> None:
         ({"qk_norm": 0}, "model.qk_norm is 0: it must be true or false"),
         ({"activation": "silu"}, "model.activation is 'silu': it must be one of relu2, gelu"),
         ({"value_embeddings": 2}, "each serves two of the 2 layers, so it must be at most 1"),
-        ({"value_embeddings": 1, "nested_heads": True, "num_key_value_heads": 0, "num_attention_heads": 8}, "one order"),
+        (
+            {"value_embeddings": 1, "nested_heads": True, "num_key_value_heads": 0, "num_attention_heads": 8},
+            "one order",
+        ),
         ({"skip_connections": True, "num_hidden_layers": 1}, "at least two layers"),
         ({"family": "llama", "embedding_norm": False}, "the llama family has no place for: leave it out"),
         ({"family": "llama", "value_embeddings": 1}, "the llama family has no place for"),
@@ -222,6 +225,8 @@ def test_initial_values_have_the_declared_spread_and_depend_on_name_and_seed() -
     outputs = {HEAD: 128, "model.layers.0.mlp.down_proj.weight": 512, "model.layers.0.self_attn.o_proj.weight": 128}
     for name, inputs in outputs.items():
         assert not initial_tensor(TINY, name, (128, 128), seed=0).any()
-        assert float(initial_tensor(random, name, (128, 128), seed=0).std()) == pytest.approx(0.5 / inputs**0.5, rel=0.02)
+        assert float(initial_tensor(random, name, (128, 128), seed=0).std()) == pytest.approx(
+            0.5 / inputs**0.5, rel=0.02
+        )
     assert not initial_tensor(random, "model.value_embeds.0.weight", (256, 128), seed=0).any()
     assert (initial_tensor(random, "model.skips.weight", (2, 128), seed=0) == 1).all()

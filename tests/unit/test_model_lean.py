@@ -67,7 +67,9 @@ def random_model(config: ModelConfig, tier: int) -> GPT:
     return model
 
 
-@pytest.mark.parametrize(("config", "tier"), [(NANO, 0), (NANO, 2), (LLAMA, 0), (NESTED, 0), (PLAIN, 0), (RICH, 0), (RICH, 2)])
+@pytest.mark.parametrize(
+    ("config", "tier"), [(NANO, 0), (NANO, 2), (LLAMA, 0), (NESTED, 0), (PLAIN, 0), (RICH, 0), (RICH, 2)]
+)
 def test_its_gradients_are_those_of_autograd(config: ModelConfig, tier: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean_layer, "NEURONS_AT_ONCE", 48)
     monkeypatch.setattr(lean_layer, "TOKENS_AT_ONCE", 40)
@@ -76,8 +78,10 @@ def test_its_gradients_are_those_of_autograd(config: ModelConfig, tier: int, mon
     model = random_model(config, tier)
     narrow, whole = config.intermediate_size >> (config.tiers - 1), config.intermediate_size >> tier
     rest = config.num_hidden_layers - 1
-    terms = [Term((first, *[last] * rest), w) for first, last, w in
-             ((whole, whole, 0.6), (narrow, whole, 0.3), (narrow, narrow, 0.1))]
+    terms = [
+        Term((first, *[last] * rest), w)
+        for first, last, w in ((whole, whole, 0.6), (narrow, whole, 0.3), (narrow, narrow, 0.1))
+    ]
     tokens, targets = Batches(CORPUS, 0, b"", config.context, 4).batch(0)
     expected_losses = backward(model, tokens, targets, terms, kl_weight=0.5)
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -272,7 +272,8 @@ def test_the_gradient_pulls_the_narrow_towards_the_widest_which_is_held_still(in
     _, teacher = weighted_loss(model, kl_weight, None)
     generator = torch.Generator().manual_seed(7)
     for name, p in model.named_parameters():
-        flat, place = p.detach().view(-1), int(torch.randint(p.shape[1] * min(8, len(p)), (), generator=generator))  # any width's
+        everybodys = p.shape[1] * min(8, len(p))  # values that any width has
+        flat, place = p.detach().view(-1), int(torch.randint(everybodys, (), generator=generator))
         value = flat[place].item()
         losses = []
         for moved in (value + step, value - step):
