@@ -220,6 +220,8 @@ def test_rescaling_that_leaves_the_function_alone_leaves_the_scores_alone(config
             attention, units = block.self_attn, config.kv_heads
             per_unit(attention.v_proj.weight, units)[1] *= 8
             per_unit(attention.o_proj.weight, units)[1] /= 8
+        if config.value_embeddings:  # both its layers do the same with it
+            model.get_parameter("model.value_embeds.0.weight").view(256, units, -1)[:, 1] *= 8
     assert torch.allclose(model(windows[0]), logits, atol=1e-4)
     for name, score in importance(model, kind, windows).items():
         assert torch.allclose(score, before[name], rtol=1e-3), name
