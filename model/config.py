@@ -1,10 +1,9 @@
 """The shape of a model: one frozen dataclass, strict because it also arrives from strangers, and a few presets.
 
-Two families share it. `nanogpt` follows modded-nanogpt: norms without gain, and QK-norm, ReLU squared and a logit
-soft-cap, each of which can be switched off, value embeddings and skip connections, which can be switched on;
-docs/LOG.md has what each is worth.
-`llama` computes what Hugging Face's `LlamaForCausalLM` does (norms with gain, SwiGLU, grouped queries), so that each of
-its tiers is a stock model for anybody else's software. Field names are Hugging Face's where it has one.
+Two families share it. `nanogpt` follows modded-nanogpt: norms without gain; QK-norm, ReLU squared and a logit soft-cap,
+each of which can be switched off; value embeddings and skip connections, which can be switched on (what each is worth:
+docs/LOG.md). `llama` computes what Hugging Face's `LlamaForCausalLM` does (norms with gain, SwiGLU, grouped queries):
+each of its tiers is a stock model for anybody else's software. Field names are Hugging Face's where it has one.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class ModelConfig:
     """nanogpt: logits are squeezed into (-softcap, softcap) by a tanh; 0: they are not. llama does not."""
 
     qk_norm: bool = True
-    """nanogpt: whether queries and keys are RMS-normalised before the rotary embedding. llama does not."""
+    """nanogpt: whether queries and keys are RMS-normalised. llama does not."""
 
     embedding_norm: bool = True
     """nanogpt: whether embeddings are RMS-normalised. llama does not."""
@@ -95,8 +94,8 @@ class ModelConfig:
     """Whether output projections and head start at zero, and not at random."""
 
     value_embeddings: int = 0
-    """nanogpt: tables of what each token adds to the values of attention. Each serves one of as many first layers and
-    one of as many last ones, in the same order: with two tables, layers use 0 1 ... 0 1."""
+    """nanogpt: tables of what each token adds to the values of attention. As many first layers have one each, and as
+    many last layers the same ones again, in the same order: 0 1 ... 0 1."""
 
     skip_connections: bool = False
     """nanogpt: whether each layer of the second half also gets the input of its mirror image in the first half."""
@@ -173,32 +172,27 @@ class ModelConfig:
             )
 
     def _check_ingredients(self) -> None:
-        if self.activation not in get_args(Activation):
-            known = ", ".join(get_args(Activation))
-            raise ConfigError(f"model.activation is {self.activation!r}: it must be one of {known}.")
+        if self.activation not in (known := get_args(Activation)):
+            raise ConfigError(f"model.activation is {self.activation!r}: it must be one of {', '.join(known)}.")
         if 0 < self.logit_softcap < 1:
             raise ConfigError(f"model.logit_softcap is {self.logit_softcap:g}: it must be 0 (none), or at least 1.")
-        if self.family != "nanogpt":
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            for name in NANOGPT_SWITCHES:
-                if getattr(self, name) != defaults[name]:
-                    raise ConfigError(
-                        f"model.{name} is {getattr(self, name)!r}, which the {self.family} family has no place for: "
-                        "leave it out, or choose the nanogpt family."
-                    )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if self.family != "nanogpt" and field.name in NANOGPT_SWITCHES and value != field.default:
+                raise ConfigError(
+                    f"model.{field.name} is {value!r}: only the nanogpt family can have it so, leave it out."
+                )
         pairs = self.num_hidden_layers // 2
-        if self.value_embeddings > pairs:
+        if self.value_embeddings > pairs or (self.skip_connections and not pairs):
             raise ConfigError(
-                f"model.value_embeddings is {self.value_embeddings}: each serves two of the {self.num_hidden_layers} "
-                f"layers, so it must be at most {pairs}."
+                f"model.value_embeddings is {self.value_embeddings}, model.skip_connections {self.skip_connections}: "
+                f"each takes two layers, and there are {self.num_hidden_layers}, so choose at most {pairs} tables."
             )
         if self.value_embeddings and self.nested_heads:
             raise ConfigError(
                 "model.value_embeddings cannot be had with model.nested_heads, because layers that share a table would "
                 "have to nest their heads in one order: choose one of the two."
             )
-        if self.skip_connections and not pairs:
-            raise ConfigError("model.skip_connections needs at least two layers: there is nothing to skip.")
 
     @property
     def tiers(self) -> int:
@@ -298,23 +292,9 @@ PRESETS = {
         vocab_size=50304,
         context=1024,
     ),
+}
+PRESETS |= {
     # The same sizes as what everybody's software can load: 0.56M and 13.2M parameters.
-    "tiny-llama": ModelConfig(
-        family="llama",
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=512,
-        context=128,
-    ),
-    "small-llama": ModelConfig(
-        family="llama",
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        intermediate_size=1536,
-        context=256,
-    ),
+    "tiny-llama": dataclasses.replace(PRESETS["tiny"], family="llama", num_attention_heads=4, num_key_value_heads=2),
+    "small-llama": dataclasses.replace(PRESETS["small"], family="llama", num_key_value_heads=2),
 }
