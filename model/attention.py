@@ -3,6 +3,7 @@
 What is unusual:
 * o_proj is stored input-major [heads * K, D], so that fewer heads are a prefix of rows in all four matrices.
 * nanogpt RMS-normalises queries and keys before the rotary embedding (QK-norm), llama does not.
+* The values of a layer may have a part that depends on the token alone (value embeddings).
 * A cache never wraps around: when it is full, the caller begins a new one (see decoding.py).
 
 Shape legend: B = sequences, T = new tokens, S = all tokens so far, D = hidden size, N = heads, G = key-value heads,
@@ -86,19 +87,28 @@ class Attention(nn.Module):
         self.layer = layer
         self.group = config.num_attention_heads // config.kv_heads
         self.head_dim = config.head_dim
-        self.qk_norm = config.family == "nanogpt"
+        self.qk_norm = config.normalises_heads
         heads = kv_heads * self.group
         self.q_proj = Matrix(heads * self.head_dim, config.hidden_size, dtype)
         self.k_proj = Matrix(kv_heads * self.head_dim, config.hidden_size, dtype)
         self.v_proj = Matrix(kv_heads * self.head_dim, config.hidden_size, dtype)
         self.o_proj = Matrix(heads * self.head_dim, config.hidden_size, dtype)
 
-    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, kv_heads: int, cache: KVCache | None) -> Tensor:
-        """[B, T, D] -> [B, T, D], with the first `kv_heads` key-value heads."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_TK: Tensor,
+        sin_TK: Tensor,
+        kv_heads: int,
+        cache: KVCache | None,
+        extra_BTJ: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D], with the first `kv_heads` key-value heads; `extra_BTJ` is added to their values."""
         kv_rows, rows = kv_heads * self.head_dim, kv_heads * self.group * self.head_dim
         q_BTI = F.linear(x_BTD, self.q_proj.weight[:rows].to(x_BTD.dtype))
         k_BTJ = F.linear(x_BTD, self.k_proj.weight[:kv_rows].to(x_BTD.dtype))
         v_BTJ = F.linear(x_BTD, self.v_proj.weight[:kv_rows].to(x_BTD.dtype))
+        v_BTJ = v_BTJ if extra_BTJ is None else v_BTJ + extra_BTJ
         return self.mix(q_BTI, k_BTJ, v_BTJ, cos_TK, sin_TK, cache) @ self.o_proj.weight[:rows].to(x_BTD.dtype)
 
     def mix(

@@ -1,8 +1,9 @@
 """The shape of a model: one frozen dataclass, strict because it also arrives from strangers, and a few presets.
 
-Two families share it. `nanogpt` follows modded-nanogpt: norms without gain, QK-norm, ReLU squared, logit soft-cap.
-`llama` computes what Hugging Face's `LlamaForCausalLM` does (norms with gain, SwiGLU, grouped queries), so that each of
-its tiers is a stock model for anybody else's software. Field names are Hugging Face's where it has one.
+Two families share it. `nanogpt` follows modded-nanogpt: norms without gain; QK-norm, ReLU squared and a logit soft-cap,
+each of which can be switched off; value embeddings and skip connections, which can be switched on (what each is worth:
+docs/LOG.md). `llama` computes what Hugging Face's `LlamaForCausalLM` does (norms with gain, SwiGLU, grouped queries):
+each of its tiers is a stock model for anybody else's software. Field names are Hugging Face's where it has one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from braniac.model.errors import ConfigError
 
@@ -22,6 +23,9 @@ Precision = Literal["fp32", "lean"]
 
 Device = Literal["auto", "cpu", "cuda"]
 """Where a model is trained: auto takes a GPU if torch sees one."""
+
+Activation = Literal["relu2", "gelu"]
+"""What a neuron of the nanogpt family says: the square of what is positive of its input, or its GELU."""
 
 # Upper bounds keep a hostile manifest from asking for absurd tables before anybody counts its parameters.
 _INTEGER_BOUNDS = {
@@ -34,9 +38,12 @@ _INTEGER_BOUNDS = {
     "vocab_size": (2, 1 << 18),
     "context": (1, 1 << 20),
     "matformer_factor": (1, 1 << 6),
+    "value_embeddings": (0, 1 << 9),
 }
-_FLOAT_BOUNDS = {"logit_softcap": (1.0, 1e3), "rope_theta": (1.0, 1e9), "rms_norm_eps": (1e-12, 1e-2)}
-_FLAGS = ("tie_word_embeddings", "nested_heads")
+_FLOAT_BOUNDS = {"logit_softcap": (0.0, 1e3), "rope_theta": (1.0, 1e9), "rms_norm_eps": (1e-12, 1e-2)}
+_FLAGS = ("qk_norm", "embedding_norm", "zero_outputs", "skip_connections", "tie_word_embeddings", "nested_heads")
+NANOGPT_SWITCHES = ("qk_norm", "embedding_norm", "activation", "value_embeddings", "skip_connections")
+"""Fields that change what a nanogpt model computes; `LlamaForCausalLM` has no place for any of them."""
 _TILE_SIDE = 64
 
 
@@ -75,7 +82,26 @@ class ModelConfig:
     """nanogpt or llama."""
 
     logit_softcap: float = 15.0
-    """nanogpt: logits are squeezed into (-softcap, softcap) by a tanh. llama does not."""
+    """nanogpt: logits are squeezed into (-softcap, softcap) by a tanh; 0: they are not. llama does not."""
+
+    qk_norm: bool = True
+    """nanogpt: whether queries and keys are RMS-normalised. llama does not."""
+
+    embedding_norm: bool = True
+    """nanogpt: whether embeddings are RMS-normalised. llama does not."""
+
+    activation: Activation = "relu2"
+    """nanogpt: what a neuron says, relu2 or gelu. llama: SwiGLU."""
+
+    zero_outputs: bool = True
+    """Whether output projections and head start at zero, and not at random."""
+
+    value_embeddings: int = 0
+    """nanogpt: tables of what each token adds to the values of attention. As many first layers have one each, and as
+    many last layers the same ones again, in the same order: 0 1 ... 0 1."""
+
+    skip_connections: bool = False
+    """nanogpt: whether each layer of the second half also gets the input of its mirror image in the first half."""
 
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
@@ -108,6 +134,7 @@ class ModelConfig:
                 raise ConfigError(f"model.{name} is {value!r}: it must be a number from {minimum:g} to {maximum:g}.")
         self._check_rope_scaling()
         self._check_heads()
+        self._check_ingredients()
         if self.matformer_factor & (self.matformer_factor - 1):
             raise ConfigError(f"model.matformer_factor is {self.matformer_factor}: it must be a power of two.")
         if self.intermediate_size % self.matformer_factor:
@@ -147,6 +174,29 @@ class ModelConfig:
                 f"make their number ({self.kv_heads}) a multiple of model.matformer_factor ({self.matformer_factor})."
             )
 
+    def _check_ingredients(self) -> None:
+        if self.activation not in (known := get_args(Activation)):
+            raise ConfigError(f"model.activation is {self.activation!r}: it must be one of {', '.join(known)}.")
+        if 0 < self.logit_softcap < 1:
+            raise ConfigError(f"model.logit_softcap is {self.logit_softcap:g}: it must be 0 (none), or at least 1.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if self.family != "nanogpt" and field.name in NANOGPT_SWITCHES and value != field.default:
+                raise ConfigError(
+                    f"model.{field.name} is {value!r}: only the nanogpt family can have it so, leave it out."
+                )
+        pairs = self.num_hidden_layers // 2
+        if self.value_embeddings > pairs or (self.skip_connections and not pairs):
+            raise ConfigError(
+                f"model.value_embeddings is {self.value_embeddings}, model.skip_connections {self.skip_connections}: "
+                f"each takes two layers, and there are {self.num_hidden_layers}, so choose at most {pairs} tables."
+            )
+        if self.value_embeddings and self.nested_heads:
+            raise ConfigError(
+                "model.value_embeddings cannot be had with model.nested_heads, because layers that share a table would "
+                "have to nest their heads in one order: choose one of the two."
+            )
+
     @property
     def tiers(self) -> int:
         """How many tiers there are (T); tier 0 is the whole model, tier T-1 the smallest."""
@@ -164,8 +214,23 @@ class ModelConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the FFN is SwiGLU (three matrices) and not ReLU squared (two)."""
+        """Whether the FFN is SwiGLU (three matrices) and not of one activation (two)."""
         return self.family == "llama"
+
+    @property
+    def softcap(self) -> float | None:
+        """What logits are squeezed by; None if they are not."""
+        return (self.logit_softcap or None) if self.family == "nanogpt" else None
+
+    @property
+    def normalises_heads(self) -> bool:
+        """Whether there is QK-norm."""
+        return self.family == "nanogpt" and self.qk_norm
+
+    @property
+    def normalises_embedding(self) -> bool:
+        """Whether embeddings are RMS-normalised."""
+        return self.family == "nanogpt" and self.embedding_norm
 
     @property
     def width_step(self) -> int:
@@ -230,23 +295,9 @@ PRESETS = {
         vocab_size=50304,
         context=1024,
     ),
+}
+PRESETS |= {
     # The same sizes as what everybody's software can load: 0.56M and 13.2M parameters.
-    "tiny-llama": ModelConfig(
-        family="llama",
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=512,
-        context=128,
-    ),
-    "small-llama": ModelConfig(
-        family="llama",
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        intermediate_size=1536,
-        context=256,
-    ),
+    "tiny-llama": dataclasses.replace(PRESETS["tiny"], family="llama", num_attention_heads=4, num_key_value_heads=2),
+    "small-llama": dataclasses.replace(PRESETS["small"], family="llama", num_key_value_heads=2),
 }

@@ -9,8 +9,9 @@ shuffle the rings of one that is a MatFormer already.
 What is unusual: all scores measure one thing in three ways, the harm of leaving a unit (a neuron, or a key-value head
 with those that ask it) out, and none changes when weights are rescaled in a way that leaves the function alone.
   norm        The largest length that the unit can add to the residual stream, up to a constant:
-              |up|^2 |down| for ReLU squared, |gate| |up| |down| for SwiGLU, |v| |o| for attention (Frobenius norms of
-              the unit's rows), the gain of the norm before it multiplied in. Needs no data.
+              |up|^2 |down| for ReLU squared, |up| |down| for GELU, |gate| |up| |down| for SwiGLU, |v| |o| for
+              attention (Frobenius norms of the unit's rows), the gain of the norm before it multiplied in. Needs no
+              data.
   activation  The length that it does add, as root mean square over the calibration text: the RMS of its activation
               times |down|. The idea of Wanda (Sun et al. 2023, arXiv 2306.11695), for whole neurons.
   fisher      What leaving it out adds to the loss, to second order: T/2 E[(dL/dz)^2] with a factor z on what the unit
@@ -76,7 +77,9 @@ def _units(model: GPT) -> dict[str, _Units]:
     for layer, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
         mlp, prefix = block.mlp, f"model.layers.{layer}"
-        inputs = (mlp.up_proj.weight, (mlp.gate_proj or mlp.up_proj).weight)  # ReLU squared: the same row twice
+        inputs: tuple[Tensor, ...] = (mlp.up_proj.weight,)
+        if mlp.gate_proj is not None or mlp.activation == "relu2":
+            inputs = (*inputs, (mlp.gate_proj or mlp.up_proj).weight)  # ReLU squared: the same row twice
         found[f"{prefix}.mlp"] = _Units(
             mlp.neurons, mlp, block.post_attention_layernorm, inputs, mlp.down_proj.weight, mlp.activations
         )

@@ -1,4 +1,4 @@
-"""The MatFormer feed-forward block: ReLU squared or SwiGLU, sliced to any width by taking a prefix of its neurons.
+"""The MatFormer feed-forward block: ReLU squared, GELU or SwiGLU, sliced to any width by taking a prefix of neurons.
 
 Shape legend: B = sequences, T = tokens, D = hidden size, H = FFN neurons held (the tier's width), W = neurons in use.
 """
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from braniac.model.config import Activation
 
 
 class Matrix(nn.Module):
@@ -24,15 +26,17 @@ class Matrix(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def activate(up: Tensor, gate: Tensor | None) -> Tensor:
+def activate(up: Tensor, gate: Tensor | None, activation: Activation) -> Tensor:
     """What neurons say whose pre-activations are `up` and, if they are gated, `gate`; all of one shape."""
-    return up.relu().square() if gate is None else F.silu(gate) * up
+    if gate is not None:
+        return F.silu(gate) * up
+    return up.relu().square() if activation == "relu2" else F.gelu(up)
 
 
 class MatFormerFFN(nn.Module):
     """down(act(x)) over a prefix of the neurons; all matrices are neuron-major [H, D].
 
-    act is relu(up(x))^2, or silu(gate(x)) * up(x) if `gated`.
+    act is relu(up(x))^2 or gelu(up(x)) by `activation`, but silu(gate(x)) * up(x) if `gated`.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class MatFormerFFN(nn.Module):
         widths: Sequence[int] | None = None,
         *,
         gated: bool = False,
+        activation: Activation = "relu2",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """`widths` are the granularities of `nested`, in any order; the whole block alone if not given."""
@@ -49,6 +54,7 @@ class MatFormerFFN(nn.Module):
         self.neurons = neurons
         self.widths = tuple(widths) if widths is not None else (neurons,)
         assert all(0 < width <= neurons for width in self.widths), f"widths {self.widths} of {neurons} neurons"
+        self.activation: Activation = activation
         self.gate_proj = Matrix(neurons, hidden_size, dtype) if gated else None
         self.up_proj = Matrix(neurons, hidden_size, dtype)
         self.down_proj = Matrix(neurons, hidden_size, dtype)
@@ -63,7 +69,8 @@ class MatFormerFFN(nn.Module):
         assert 0 < width <= self.neurons, f"width {width} of {self.neurons}"
         up_BTW = F.linear(x_BTD, self.up_proj.weight[:width].to(x_BTD.dtype))
         gate = self.gate_proj
-        return activate(up_BTW, None if gate is None else F.linear(x_BTD, gate.weight[:width].to(x_BTD.dtype)))
+        gate_BTW = None if gate is None else F.linear(x_BTD, gate.weight[:width].to(x_BTD.dtype))
+        return activate(up_BTW, gate_BTW, self.activation)
 
     def nested(self, x_BTD: Tensor, widths: Sequence[int] | None = None) -> list[Tensor]:
         """The outputs at several widths of one input, in the order asked for, at the price of the widest.

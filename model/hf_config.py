@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from braniac.model.config import FAMILIES, ModelConfig
+from braniac.model.config import FAMILIES, NANOGPT_SWITCHES, ModelConfig
 from braniac.model.errors import CheckpointError, ConfigError
 from braniac.model.slicing import BASE_KEY, Slice, annotate
 from braniac.model.tiers import check_width, heads_at
@@ -26,8 +26,8 @@ BASE_KV_HEADS_KEY = "matformer_base_num_key_value_heads"
 _DEFAULT_FACTOR = 8
 _DEFAULT_ROPE_THETA = 10000.0
 _OWN_TYPES = {f"braniac-{family}": family for family in FAMILIES}
+_SWITCHES = tuple(key for key in NANOGPT_SWITCHES if key != "activation")  # which has a key of Hugging Face's
 _OWN_KEYS = (FACTOR_KEY, LAYER_WIDTHS_KEY, "rope_theta", "rms_norm_eps", "logit_softcap", "nested_heads")
-_ACTIVATIONS = {"llama": "silu", "nanogpt": "relu2"}
 # What LlamaForCausalLM can be told to do and this package cannot, and the value that leaves it out.
 _LLAMA_FIXED: Mapping[str, object] = {
     "hidden_act": "silu",
@@ -66,7 +66,7 @@ def to_config_json(config: ModelConfig, widths: Sequence[int]) -> dict[str, obje
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context,
-        "hidden_act": _ACTIVATIONS[config.family],
+        "hidden_act": "silu" if config.gated else config.activation,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
         # The spelling of before transformers 5, which it still reads, as does all other software.
@@ -89,6 +89,8 @@ def to_config_json(config: ModelConfig, widths: Sequence[int]) -> dict[str, obje
             document["nested_heads"] = True
     else:
         document |= {"logit_softcap": config.logit_softcap, "nested_heads": config.nested_heads}
+        if config.family == "nanogpt":
+            document |= {key: getattr(config, key) for key in _SWITCHES}
         document[LAYER_WIDTHS_KEY] = list(widths)
     return annotate(document, width=width)
 
@@ -136,6 +138,9 @@ def from_config_json(
         "rms_norm_eps": found["rms_norm_eps"],
         **{key: found[key] for key in ("logit_softcap", "tie_word_embeddings", "nested_heads") if key in found},
     }
+    if family == "nanogpt":
+        values |= {key: found[key] for key in _SWITCHES if key in found}
+        values["activation"] = found.get("hidden_act", "relu2")
     try:
         config = ModelConfig.from_dict(values)
         widths = _layer_widths(found, file, held, config.num_hidden_layers)

@@ -9,8 +9,10 @@ What is drawn (variances; the shapes of the distributions hardly matter to RMS-n
   embeddings               1        followed by an RMSNorm, so only its ratio to the learning rate counts
   embeddings, if tied      1/D      they are the head too, and its first logits should be of order one
   q, k, v, gate, up        1/(4D)   half of the usual 1/sqrt(D) deviation, as modded-nanogpt does
-  o, down, head            0        blocks start as the identity, the first prediction is uniform
-  gains of norms           0        all are one
+  o, down, head            0        blocks start as the identity, the first prediction is uniform; unless zero_outputs
+                                    is off: then 1/(4 times their number of inputs), as the matrices above
+  value embeddings         0        they start to speak when the text asks for it
+  gains                    0        all are one
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from braniac.model.config import ModelConfig
-from braniac.model.tiers import EMBEDDING, is_gain
+from braniac.model.tiers import EMBEDDING, HEAD, is_gain
 
 FRACTION_BITS = 20
 BLOCK_SIDE = 64
@@ -66,9 +68,21 @@ def _bound(config: ModelConfig, name: str) -> int:
     if name == EMBEDDING:
         tied = config.tie_word_embeddings
         return math.isqrt((3 << (2 * FRACTION_BITS)) // (config.hidden_size if tied else 1))
+    inputs = _inputs(config, name)
+    return math.isqrt((3 << (2 * FRACTION_BITS)) // (4 * inputs)) if inputs else 0
+
+
+def _inputs(config: ModelConfig, name: str) -> int:
+    """How many inputs of a random matrix are summed up, in the whole model; 0 for one that starts at zero."""
     if any(kind in name for kind in (".q_proj.", ".k_proj.", ".v_proj.", ".gate_proj.", ".up_proj.")):
-        return math.isqrt((3 << (2 * FRACTION_BITS)) // (4 * config.hidden_size))
-    return 0
+        return config.hidden_size
+    if config.zero_outputs:
+        return 0
+    if ".o_proj." in name:
+        return config.num_attention_heads * config.head_dim
+    if ".down_proj." in name:
+        return config.intermediate_size
+    return config.hidden_size if name == HEAD else 0
 
 
 def _block(key: int, i: int, j: int, bound: int) -> npt.NDArray[np.int32]:

@@ -30,9 +30,10 @@ from braniac.model.gpt import GPT
 from braniac.model.lean_layer import LeanLayer, chunks, normalise, normalise_backward
 from braniac.model.lean_loss import ChunkedLoss
 from braniac.model.lean_optim import MULTIPLIED_AT_ONCE, LeanOptimizer
+from braniac.model.lean_sources import LookUps, SkipConnections
 from braniac.model.malloc import give_back_memory, return_large_blocks_at_once
 from braniac.model.objective import Term, pairing
-from braniac.model.tiers import EMBEDDING, HEAD, is_gain, parameter_shapes, tier_width
+from braniac.model.tiers import EMBEDDING, HEAD, is_gain, is_table, parameter_shapes, tier_width
 
 
 def compute_type(device: torch.device | None = None) -> torch.dtype:
@@ -67,9 +68,8 @@ class LeanStep:
         self.optimizer = optimizer
         return_large_blocks_at_once()
         compute = compute or compute_type(model.lm_head.weight.device)
-        softcap = model.config.logit_softcap if model.config.family == "nanogpt" else None
         self._stored = stored
-        self._loss = ChunkedLoss(model.lm_head.weight.detach(), softcap, compute)
+        self._loss = ChunkedLoss(model.lm_head.weight.detach(), model.config.softcap, compute)
         numbers = range(model.config.num_hidden_layers)
         self._layers = [LeanLayer(number, model.model, optimizer, compute, stored) for number in numbers]
 
@@ -83,7 +83,9 @@ class LeanStep:
         the step of all parameters but theirs.
         """
         norm, length, targets_N = self.model.model.norm, tokens_BT.shape[1], targets_BT.flatten()
-        kept = [self._forward(tokens_BT, term.widths) for term in terms]  # per term, the input of each layer
+        looked_up, skips = LookUps(self.optimizer, tokens_BT.flatten(), self._stored), SkipConnections(self.model.model)
+        # Per term, what came out of the embedding and of each layer.
+        kept = [self._forward(tokens_BT, term.widths, looked_up, skips) for term in terms]
         ends = [inputs.pop() for inputs in kept]
         outputs = [normalise(norm, x_ND, self._stored) for x_ND in ends]
         losses, normalisers = self._loss.losses(outputs, targets_N)
@@ -101,37 +103,44 @@ class LeanStep:
         del ends, backs
         for number in reversed(range(len(self._layers))):
             give_back_memory()
-            inputs = [of_layers.pop() for of_layers in kept]
-            self._layers[number].backward(inputs, flows, length, [term.widths[number] for term in terms])
-        self._move_embedding(tokens_BT.flatten(), flows)
+            inputs, widths = [skips.entered(number, outs) for outs in kept], [term.widths[number] for term in terms]
+            backs = self._layers[number].backward(inputs, flows, length, widths, looked_up.extra(number))
+            looked_up.take(number, backs)
+            skips.take(number, kept, flows)
+            for of_layers in kept:
+                of_layers.pop()
+            del inputs, backs
+        self._move_embedding(looked_up, flows)
         self.optimizer.update_gains()
         give_back_memory()
         self._check_refused()
         return losses
 
-    def _forward(self, tokens_BT: Tensor, widths: Sequence[int]) -> list[Tensor]:
-        """The input of each layer and, last, the output of all of them: [N, D] each."""
+    def _forward(
+        self, tokens_BT: Tensor, widths: Sequence[int], looked_up: LookUps, skips: SkipConnections
+    ) -> list[Tensor]:
+        """What comes out of the embedding and of each layer: [N, D] each."""
         kept = [self.model.model.embed(tokens_BT).flatten(0, 1).to(self._stored)]
-        for layer, width in zip(self._layers, widths, strict=True):
-            kept.append(layer.forward(kept[-1], tokens_BT.shape[1], width))
+        for number, (layer, width) in enumerate(zip(self._layers, widths, strict=True)):
+            x_ND = skips.entered(number, kept)
+            kept.append(layer.forward(x_ND, tokens_BT.shape[1], width, looked_up.extra(number)))
         return kept
 
     def _move_head(self, rows: slice, gradient_VD: Tensor) -> None:
         self.optimizer.update_rows(HEAD, rows, gradient_VD)
 
-    def _move_embedding(self, tokens_N: Tensor, flows: Sequence[Tensor]) -> None:
+    def _move_embedding(self, looked_up: LookUps, flows: Sequence[Tensor]) -> None:
         """The step of the rows that were looked up."""
-        rows_U, place_N = torch.unique(tokens_N, return_inverse=True)
         table = self.model.model.embed_tokens.weight
-        gradient_UD = torch.zeros(len(rows_U), table.shape[1])
+        gradient_UD = torch.zeros(len(looked_up.rows_U), table.shape[1])
         for flow_ND in flows:
-            for at in chunks(len(tokens_N)):
-                looked_up_MD = table[tokens_N[at]].float().requires_grad_()
+            for at in chunks(len(flow_ND)):
+                row_MD = table[looked_up.tokens_N[at]].float().requires_grad_()
                 with torch.enable_grad():
-                    x_MD = self.model.model.settle(looked_up_MD)
-                    (delta_MD,) = torch.autograd.grad(pairing(x_MD, flow_ND[at].float()), [looked_up_MD])
-                gradient_UD.index_add_(0, place_N[at], delta_MD)
-        self.optimizer.update_rows(EMBEDDING, rows_U, gradient_UD)
+                    x_MD = self.model.model.settle(row_MD)
+                    (delta_MD,) = torch.autograd.grad(pairing(x_MD, flow_ND[at].float()), [row_MD])
+                gradient_UD.index_add_(0, looked_up.place_N[at], delta_MD)
+        self.optimizer.update_rows(EMBEDDING, looked_up.rows_U, gradient_UD)
 
     def _check_refused(self) -> None:
         if refused := self.optimizer.refused:
@@ -149,7 +158,7 @@ def lean_bytes_needed(config: ModelConfig, tier: int, tokens: int, terms: int) -
     """
     shapes, d, width = parameter_shapes(config, tier), config.hidden_size, tier_width(config, tier)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    momentum = sum(size for name, size in sizes.items() if name not in (EMBEDDING, HEAD) and not is_gain(name))
+    momentum = sum(size for name, size in sizes.items() if not is_table(name) and not is_gain(name))
     queries, keys = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
     chunk, flows = min(tokens, lean_layer.TOKENS_AT_ONCE), terms * tokens * d
     matrices = 3 if config.gated else 2
@@ -159,4 +168,8 @@ def lean_bytes_needed(config: ModelConfig, tier: int, tokens: int, terms: int) -
     attending = 8 * flows + 4 * terms * tokens * (queries + keys) + 14 * queries * d + 20 * min(queries, d) ** 2
     head = 8 * flows + 8 * min(config.vocab_size, lean_loss.ROWS_AT_ONCE) * (d + 2 * chunk)
     at_once = max(feeding, orthogonalising, attending, head)
+    if config.value_embeddings:  # what one layer looks up, and the gradients of all tables
+        at_once += keys * (2 * tokens + 4 * config.value_embeddings * min(tokens, config.vocab_size))
+    if config.skip_connections:  # a layer's input, and what flows back to all mirror images
+        at_once += 2 * flows * (1 + config.num_hidden_layers // 2)
     return 2 * sum(sizes.values()) + momentum + momentum // 64 + 2 * config.num_hidden_layers * flows + at_once

@@ -56,34 +56,49 @@ class LeanLayer:
         self.o_name = f"{prefix}.self_attn.o_proj.weight"
         self.ffn_names = [f"{prefix}.mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")[3 - len(self.ffn) :]]
 
-    def forward(self, x_ND: Tensor, length: int, width: int) -> Tensor:
-        """[N, D] -> [N, D], for windows of `length` tokens and an FFN of `width` neurons."""
-        middle_ND, _ = self._attend(x_ND, length, self._kv_heads(width))
+    def forward(self, x_ND: Tensor, length: int, width: int, extra_NJ: Tensor | None) -> Tensor:
+        """[N, D] -> [N, D], for windows of `length` tokens and an FFN of `width` neurons.
+
+        `extra_NJ` is added to the values of attention.
+        """
+        middle_ND, _ = self._attend(x_ND, length, self._kv_heads(width), extra_NJ)
         return self._feed(middle_ND, width)
 
-    def backward(self, inputs: Sequence[Tensor], flows: list[Tensor], length: int, widths: Sequence[int]) -> None:
+    def backward(
+        self,
+        inputs: Sequence[Tensor],
+        flows: list[Tensor],
+        length: int,
+        widths: Sequence[int],
+        extra_NJ: Tensor | None,
+    ) -> list[Tensor]:
         """Move the layer's matrices, and take `flows` [N, D] in place from its output back to its input.
 
-        All three sequences have one entry for each width that the step trains.
+        All three sequences have one entry for each width that the step trains. Returned is what flows back to the
+        values of attention, [N, J] for each width.
         """
         attended = [
-            self._attend(x_ND, length, self._kv_heads(width)) for x_ND, width in zip(inputs, widths, strict=True)
+            self._attend(x_ND, length, self._kv_heads(width), extra_NJ)
+            for x_ND, width in zip(inputs, widths, strict=True)
         ]
         middles, projected = [middle_ND for middle_ND, _ in attended], [qkv for _, qkv in attended]
         del attended
         self._feed_backward(middles, flows, widths)
         del middles
-        self._attend_backward(inputs, projected, flows, length)
+        return self._attend_backward(inputs, projected, flows, length)
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
-    def _attend(self, x_ND: Tensor, length: int, kv_heads: int) -> tuple[Tensor, list[Tensor]]:
+    def _attend(self, x_ND: Tensor, length: int, kv_heads: int, extra_NJ: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The first half: [N, D] -> [N, D], and the queries [N, I], keys and values [N, J] on the way."""
         attention = self.block.self_attn
         normed_ND = normalise(self.block.input_layernorm, x_ND, self.compute)
         kv_rows = kv_heads * attention.head_dim
         rows = (kv_rows * attention.group, kv_rows, kv_rows)
-        qkv = [self._project(normed_ND, matrix, count) for matrix, count in zip(self.qkv, rows, strict=True)]
+        qkv = [
+            self._project(normed_ND, matrix, count, plus)
+            for matrix, count, plus in zip(self.qkv, rows, (None, None, extra_NJ), strict=True)
+        ]
         del normed_ND
         middle_ND = x_ND.to(torch.float32, copy=True)
         y_NI = torch.empty(qkv[0].shape, dtype=self.compute)
@@ -95,12 +110,13 @@ class LeanLayer:
                 _add_product(middle_ND[tokens], y_NI[tokens, at], weight_RD)
         return middle_ND.to(self.stored), qkv
 
-    def _project(self, normed_ND: Tensor, matrix: nn.Module, rows: int) -> Tensor:
-        """By the first rows of a matrix: [N, D] -> [N, rows]"""
+    def _project(self, normed_ND: Tensor, matrix: nn.Module, rows: int, plus_NJ: Tensor | None) -> Tensor:
+        """By the first rows of a matrix, and what is added then: [N, D] -> [N, rows]"""
         out_NR = torch.empty(len(normed_ND), rows, dtype=self.stored)
         for at, weight_RD in self._blocks(matrix, rows):
             for tokens in chunks(len(normed_ND)):
-                out_NR[tokens, at] = normed_ND[tokens] @ weight_RD.mT
+                product_MR = normed_ND[tokens] @ weight_RD.mT
+                out_NR[tokens, at] = product_MR if plus_NJ is None else product_MR + plus_NJ[tokens, at]
         return out_NR
 
     def _mix(self, qkv: Sequence[Tensor], length: int) -> Tensor:
@@ -111,7 +127,7 @@ class LeanLayer:
 
     def _attend_backward(
         self, inputs: Sequence[Tensor], projected: Sequence[list[Tensor]], flows: list[Tensor], length: int
-    ) -> None:
+    ) -> list[Tensor]:
         """Takes `projected`, the queries, keys and values of each input, and leaves their gradients there."""
         mixed = [self._mix_backward(qkv, flow_ND, length) for qkv, flow_ND in zip(projected, flows, strict=True)]
         self._move(self.o_name, list(zip(mixed, flows, strict=True)))
@@ -128,6 +144,7 @@ class LeanLayer:
         normed = [normalise(norm, x_ND, self.compute) for x_ND in inputs]
         for number, name in enumerate(self.qkv_names):
             self._move(name, [(deltas[number], x_ND) for deltas, x_ND in zip(projected, normed, strict=True)])
+        return [value_delta_NJ for _, _, value_delta_NJ in projected]
 
     def _mix_backward(self, qkv: list[Tensor], flow_ND: Tensor, length: int) -> Tensor:
         """What the heads read, [N, I]; overwrites queries, keys and values by their gradients."""
@@ -178,7 +195,7 @@ class LeanLayer:
         total_ND = middle_ND.to(torch.float32, copy=True)
         for _, (*pre, down_WD) in self._neurons(width):
             for at in chunks(len(total_ND)):
-                _add_product(total_ND[at], _activate([normed_ND[at] @ matrix_WD.mT for matrix_WD in pre]), down_WD)
+                _add_product(total_ND[at], self._activate([normed_ND[at] @ matrix_WD.mT for matrix_WD in pre]), down_WD)
         return total_ND.to(self.stored)
 
     def _feed_backward(self, middles: Sequence[Tensor], flows: list[Tensor], widths: Sequence[int]) -> None:
@@ -214,12 +231,16 @@ class LeanLayer:
             x_MD, flow_MD = x_ND[at], flow_ND[at].to(self.compute)
             leaves = [(x_MD @ matrix_WD.mT).requires_grad_() for matrix_WD in pre]
             with torch.enable_grad():
-                active_MW = _activate(leaves)
+                active_MW = self._activate(leaves)
                 deltas = torch.autograd.grad(pairing(active_MW, flow_MD @ down_WD.mT), leaves)
             _add_product(gradients[-1], active_MW.detach().mT, flow_MD)
             for delta_MW, matrix_WD, gradient_WD in zip(deltas, pre, gradients[:-1], strict=True):
                 _add_product(gradient_WD, delta_MW.mT, x_MD)
                 _add_product(back_ND[at], delta_MW, matrix_WD)
+
+    def _activate(self, pre: Sequence[Tensor]) -> Tensor:
+        """From the pre-activations of gate, if there is one, and up."""
+        return activate(pre[-1], pre[0] if len(pre) > 1 else None, self.block.mlp.activation)
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
@@ -265,11 +286,6 @@ def chunks(tokens: int) -> Iterator[slice]:
 def _pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
     for start in range(0, count, at_once):
         yield start, min(start + at_once, count)
-
-
-def _activate(pre: Sequence[Tensor]) -> Tensor:
-    """From the pre-activations of gate, if there is one, and up."""
-    return activate(pre[-1], pre[0] if len(pre) > 1 else None)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

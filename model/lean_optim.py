@@ -4,9 +4,10 @@ Against optim.py, of which it is the frugal twin (same learning rates, same step
 * A matrix's momentum is int8. Its gradient arrives in blocks of rows that are forgotten once they have gone into the
   momentum; what is kept until the matrix is whole is the direction of the step, in bfloat16.
 * Directions are orthogonalised through their Gram matrix, in float32 (muon.py).
-* Embedding and head have one second moment per row (after Adafactor, Shazeer & Stern 2018, arXiv 1804.04235) and no
-  momentum; rows of the embedding that no token asked for are left alone, and count their own steps.
-* Gains of norms are float32 vectors, with Adam as ever.
+* What has a row for each token (embedding, head, value embeddings) has one second moment per row (after Adafactor,
+  Shazeer & Stern 2018, arXiv 1804.04235) and no momentum; rows that no token asked for are left alone, and count their
+  own steps.
+* Gains are float32, with Adam as ever.
 A gradient that is not finite goes nowhere: `refused` names the parameters that were left as they were.
 """
 
@@ -23,7 +24,7 @@ from braniac.model.malloc import give_back_memory
 from braniac.model.muon import add_gram_, gram_polar, mirror_, width_scale
 from braniac.model.optim import ADAM_BETAS, ADAM_EPSILON, MOMENTUM, copy_checked, map_rows
 from braniac.model.rounding import Dice, Int8Matrix, round_into_, widened
-from braniac.model.tiers import EMBEDDING, HEAD, is_gain
+from braniac.model.tiers import is_gain, is_table
 
 VALUES_AT_ONCE = 1 << 17
 """Values of a matrix that are in float32 at once: a few temporaries of that size stay in the processor's cache."""
@@ -57,7 +58,7 @@ class LeanOptimizer:
         self.learning_rate = learning_rate
         self.adam_learning_rate = adam_learning_rate
         self.weight_decay = weight_decay
-        tables = {name: p for name, p in params.items() if name in (EMBEDDING, HEAD)}
+        tables = {name: p for name, p in params.items() if is_table(name)}
         self.gains = {name: p for name, p in params.items() if is_gain(name)}
         others = {name: p for name, p in params.items() if name not in tables and name not in self.gains}
         self.momentum = {name: Int8Matrix(*p.shape) for name, p in others.items()}
@@ -114,7 +115,7 @@ class LeanOptimizer:
     # --- tables: one second moment per row ---------------------------------------------------------------------------
 
     def update_rows(self, name: str, rows: slice | Tensor, gradient: Tensor) -> None:
-        """Move some rows of embedding or head, by their float32 gradient [rows, cols], which is destroyed."""
+        """Move some rows of a table, by their float32 gradient [rows, cols], which is destroyed."""
         if not math.isfinite(gradient.sum().item()):
             self.refused.append(name)
             return
@@ -137,7 +138,7 @@ class LeanOptimizer:
     # --- gains: Adam -------------------------------------------------------------------------------------------------
 
     def update_gains(self) -> None:
-        """Move the gains of norms by their `.grad`."""
+        """Move the gains by their `.grad`."""
         beta1, beta2 = ADAM_BETAS
         correction1, correction2 = 1 - beta1 ** int(self.steps), 1 - beta2 ** int(self.steps)
         for name, gain in self.gains.items():

@@ -184,14 +184,15 @@ def _normalised(weights: tuple[float, ...]) -> list[float]:
 def backward(model: GPT, tokens_BT: Tensor, targets_BT: Tensor, terms: list[Term], kl_weight: float) -> list[float]:
     """Add the gradient of the weighted loss to the model's; the plain loss of each term, in nats per token.
 
-    The terms share the embedding, the first layer's attention and its first FFN matmul, which do not depend on the
+    The terms share the embeddings, the first layer's attention and its first FFN matmul, which do not depend on the
     width. After that they go one at a time, so that the activations of only one are alive.
     """
-    shared = model.model.begin(tokens_BT, [term.widths[0] for term in terms])
-    leaves = [x_BTD.detach().requires_grad_() for x_BTD in shared]
+    outputs, sources = model.model.begin(tokens_BT, [term.widths[0] for term in terms])
+    shared = [*outputs, *sources]
+    leaves = [x.detach().requires_grad_() for x in shared]
     losses, teacher_NV = [], None
-    for term, x_BTD in zip(terms, leaves, strict=True):
-        logits_NV = model.logits(model.model.finish(x_BTD, term.widths)).flatten(0, 1)
+    for term, x_BTD in zip(terms, leaves[: len(terms)], strict=True):
+        logits_NV = model.logits(model.model.finish(x_BTD, leaves[len(terms) :], term.widths)).flatten(0, 1)
         loss = F.cross_entropy(logits_NV, targets_BT.flatten())
         losses.append(loss.item())
         if kl_weight and len(terms) > 1:
@@ -201,8 +202,8 @@ def backward(model: GPT, tokens_BT: Tensor, targets_BT: Tensor, terms: list[Term
             else:
                 loss = loss + kl_weight * F.kl_div(log_probs_NV, teacher_NV, log_target=True, reduction="batchmean")
         (term.weight * loss).backward()  # type: ignore[no-untyped-call]
-    gradients = [x_BTD.grad for x_BTD in leaves if x_BTD.grad is not None]
-    torch.autograd.backward([pairing(*pair) for pair in zip(shared, gradients, strict=True)])
+    pairs = [(x, leaf.grad) for x, leaf in zip(shared, leaves, strict=True) if leaf.grad is not None]
+    torch.autograd.backward([pairing(*pair) for pair in pairs])
     return losses
 
 

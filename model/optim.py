@@ -1,4 +1,4 @@
-"""The inner optimizer: Muon for the matrices inside the blocks, Adam for the embedding, the head and the gains.
+"""The inner optimizer: Muon for the matrices inside the blocks, Adam for what has a row per token and for the gains.
 
 Muon replaces the momentum of a matrix by its nearest orthogonal matrix (see muon.py). q, k and v are orthogonalised
 head by head, each head being an independent map. Step sizes do not depend on the width of a tier. This is the
@@ -15,7 +15,7 @@ from torch import Tensor
 from braniac.model.config import ModelConfig
 from braniac.model.errors import CheckpointError
 from braniac.model.muon import orthogonalize, width_scale
-from braniac.model.tiers import EMBEDDING, HEAD, is_gain, is_sliced, layer_of, rows_at
+from braniac.model.tiers import is_gain, is_sliced, is_table, layer_of, rows_at
 
 MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.95)
@@ -34,7 +34,7 @@ class Optimizer:
         adam_learning_rate: float,
         weight_decay: float,
     ) -> None:
-        self.tables = {name: p for name, p in params.items() if name in (EMBEDDING, HEAD) or is_gain(name)}
+        self.tables = {name: p for name, p in params.items() if is_table(name) or is_gain(name)}
         self.matrices = {name: p for name, p in params.items() if name not in self.tables}
         self.config = config
         self.learning_rate = learning_rate

@@ -131,12 +131,14 @@ def _time_once(
     start = length if decode else 0
     cos_TK, sin_TK = (table[start : start + tokens_BT.shape[1]] for table in (model.model.cos_TK, model.model.sin_TK))
     began = clock()
-    x_BTD = model.model.embed(tokens_BT)
+    sources = model.model.sources(tokens_BT)
+    x_BTD, inputs = sources[0], list[Tensor]()
     outside_s = clock() - began
     layers = []
-    for block in model.model.layers:
+    for layer, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
-        x_BTD, seconds = _time_block(block, x_BTD, cos_TK, sin_TK, width, cache, clock)
+        x_BTD, extra_BTJ = model.model.entered(layer, x_BTD, inputs), model.model.extra(layer, sources)
+        x_BTD, seconds = _time_block(block, x_BTD, cos_TK, sin_TK, width, cache, extra_BTJ, clock)
         layers.append(seconds)
     began = clock()
     model.logits(model.model.norm(x_BTD))
@@ -150,10 +152,11 @@ def _time_block(
     sin_TK: Tensor,
     width: int,
     cache: KVCache | None,
+    extra_BTJ: Tensor | None,
     clock: Callable[[], float],
 ) -> tuple[Tensor, tuple[float, float]]:
     began = clock()
-    x_BTD = block.attend(x_BTD, cos_TK, sin_TK, heads_at(block.config, width), cache)
+    x_BTD = block.attend(x_BTD, cos_TK, sin_TK, heads_at(block.config, width), cache, extra_BTJ)
     between = clock()
     x_BTD = block.feed(x_BTD, min(width, block.mlp.neurons))
     return x_BTD, (between - began, clock() - between)

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from braniac.model.attention import KVCache
+from braniac.model.ffn import activate
 from braniac.model.gpt import GPT, Block
-from braniac.model.tiers import WidthMap, heads_at
+from braniac.model.tiers import WidthMap, heads_at, mirror_of, value_table, value_table_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,10 @@ class _Layer:
     down: Tensor
     gains: tuple[Tensor | None, Tensor | None]
     """Of the norms before attention and FFN; llama's alone have any."""
+    values: Tensor | None
+    """Its value embedding, if it has one."""
+    mirror: int | None
+    """The layer that its skip connection looks back to, if it has one."""
 
 
 class Reader:
@@ -50,14 +55,12 @@ class Reader:
         self.config = config
         self.cache = KVCache(config, batch, config.context)
         self._batch = batch
-        self._layers = [
-            _views(block, width_used)
-            for block, width_used in zip(_blocks(model), model.layer_widths(width), strict=True)
-        ]
+        self._layers = [_views(model, layer, width_used) for layer, width_used in enumerate(model.layer_widths(width))]
         self._embedding = model.model.embed_tokens.weight.detach()
         self._head = self._embedding if model.lm_head is None else model.lm_head.weight.detach()
-        gain = model.model.norm.weight
+        gain, skips = model.model.norm.weight, model.model.skips
         self._gain = None if gain is None else gain.detach()
+        self._skips = None if skips is None else skips.weight.detach()
         # Half of a head is rotated against the other: x * (cos, cos) + swapped x * (sin, -sin).
         cos_TK, sin_TK = model.model.cos_TK, model.model.sin_TK
         self._cos_TK, self._sin_TK = torch.cat((cos_TK, cos_TK), dim=-1), torch.cat((sin_TK, -sin_TK), dim=-1)
@@ -95,21 +98,27 @@ class Reader:
         if start > 0 and new > 1:  # one token sees all, and a beginning is plainly causal
             mask = torch.ones(new, stop, dtype=torch.bool).tril(start)
         x_RD = F.embedding(tokens_BT.flatten(), self._embedding)
-        if self.config.family == "nanogpt":
+        if self.config.normalises_embedding:
             x_RD = self._norm(x_RD, None)
+        inputs: list[Tensor] = []
         for number, layer in enumerate(self._layers):
+            if layer.mirror is not None and self._skips is not None:
+                x_RD = torch.addcmul(x_RD, self._skips[layer.mirror], inputs[layer.mirror])
+            inputs.append(x_RD)
             q, k, v = self._queries_keys_values(self._norm(x_RD, layer.gains[0]), layer, batch)
+            if layer.values is not None:
+                v = v + F.embedding(tokens_BT, layer.values).view(batch, new, layer.kv_heads, -1).transpose(1, 2)
             k, v = self.cache.extend(number, k, v)
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=start == 0, enable_gqa=q.shape[1] > k.shape[1]
             )
             x_RD = torch.addmm(x_RD, y.transpose(1, 2).reshape(batch * new, -1), layer.o)
-            x_RD = torch.addmm(x_RD, _activations(self._norm(x_RD, layer.gains[1]), layer), layer.down)
+            x_RD = torch.addmm(x_RD, self._activations(self._norm(x_RD, layer.gains[1]), layer), layer.down)
         self.cache.length = stop
         last_RD = x_RD.view(batch, new, -1)[:, new - wanted :].flatten(0, 1)
         logits = (self._head @ self._norm(last_RD, self._gain).t()).t()
-        if self.config.family == "nanogpt":
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        if (softcap := self.config.softcap) is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         return logits.view(batch, wanted, -1)
 
     def _norm(self, x: Tensor, gain: Tensor | None) -> Tensor:
@@ -124,19 +133,23 @@ class Reader:
         rows_R = torch.cat([weight @ x_DR for weight in layer.qkv])
         heads_BATK = rows_R.view(-1, head_dim, batch, len(x_RD) // batch).permute(2, 0, 3, 1).contiguous()
         qk = heads_BATK[:, :-groups]
-        if self.config.family == "nanogpt":
+        if self.config.normalises_heads:
             qk = self._norm(qk, None)
         stop = start + qk.shape[2]
         qk = torch.addcmul(qk * self._cos_TK[start:stop], qk.roll(head_dim // 2, -1), self._sin_TK[start:stop])
         return qk[:, :-groups], qk[:, -groups:], heads_BATK[:, -groups:]
 
+    def _activations(self, x_RD: Tensor, layer: _Layer) -> Tensor:
+        """What the neurons in use say, [R, W]."""
+        x_DR = x_RD.t()
+        up_WR, gate_WR = layer.up @ x_DR, None if layer.gate is None else layer.gate @ x_DR
+        return activate(up_WR, gate_WR, self.config.activation).t()
 
-def _blocks(model: GPT) -> list[Block]:
-    return [block for block in model.model.layers if isinstance(block, Block)]
 
-
-def _views(block: Block, width: int) -> _Layer:
-    attention, ffn, kv_heads = block.self_attn, block.mlp, heads_at(block.config, width)
+def _views(model: GPT, layer: int, width: int) -> _Layer:
+    config, block, table = model.config, model.model.layers[layer], value_table_of(model.config, layer)
+    assert isinstance(block, Block)
+    attention, ffn, kv_heads = block.self_attn, block.mlp, heads_at(config, width)
     kv_rows = kv_heads * attention.head_dim
     rows = kv_rows * attention.group
     gains = (block.input_layernorm.weight, block.post_attention_layernorm.weight)
@@ -152,13 +165,6 @@ def _views(block: Block, width: int) -> _Layer:
         up=ffn.up_proj.weight[:width].detach(),
         down=ffn.down_proj.weight[:width].detach(),
         gains=(None if gains[0] is None else gains[0].detach(), None if gains[1] is None else gains[1].detach()),
+        values=None if table is None else model.get_parameter(value_table(table)).detach(),
+        mirror=mirror_of(config, layer),
     )
-
-
-def _activations(x_RD: Tensor, layer: _Layer) -> Tensor:
-    """What the neurons in use say, [R, W]."""
-    x_DR = x_RD.t()
-    up_WR = layer.up @ x_DR
-    if layer.gate is None:
-        return up_WR.relu_().square_().t()
-    return up_WR.mul_(F.silu(layer.gate @ x_DR)).t()

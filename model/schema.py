@@ -32,6 +32,13 @@ _SCHEMA: Mapping[str, tuple[type, object]] = {
     "tie_word_embeddings": (bool, False),
     "nested_heads": (bool, False),
 }
+# Only what departs from its value is hashed, so that models of before these keys keep their hash.
+_LATER: Mapping[str, tuple[type, object]] = {
+    "qk_norm": (bool, True),
+    "embedding_norm": (bool, True),
+    "value_embeddings": (int, 0),
+    "skip_connections": (bool, False),
+}
 _DEFAULT_ROPE_THETA = 10000.0
 _LARGEST_FLOAT = 1e300
 
@@ -53,6 +60,8 @@ def schema_hash(config: Mapping[str, object], names: Iterable[str]) -> str:
         fields["num_key_value_heads"] = heads
     if fields["head_dim"] is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
         fields["head_dim"] = hidden // heads
+    later = {key: _typed(key, config.get(key), kind, default) for key, (kind, default) in _LATER.items()}
+    fields |= {key: value for key, value in later.items() if value != _LATER[key][1]}
     fields["rope"] = _rope(config)
     fields["base"] = held.base
     document = json.dumps([fields, sorted(set(names))], sort_keys=True, separators=(",", ":"))

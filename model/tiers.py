@@ -22,8 +22,10 @@ from braniac.model.errors import ConfigError
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
+SKIPS = "model.skips.weight"
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_VALUES = "model.value_embeds."
 
 WidthMap = int | Sequence[int] | None
 """FFN neurons to use: the same in every layer, or one number per layer; None: all that are held."""
@@ -91,8 +93,32 @@ def is_ffn(name: str) -> bool:
 
 
 def is_gain(name: str) -> bool:
-    """Whether this parameter is the gain of a norm, a vector."""
-    return name.endswith("norm.weight")
+    """Whether this parameter multiplies channels: the gain of a norm [D], or those of all skip connections [S, D]."""
+    return name.endswith("norm.weight") or name == SKIPS
+
+
+def is_table(name: str) -> bool:
+    """Whether this parameter has a row for each token: embedding, head, value embeddings."""
+    return name in (EMBEDDING, HEAD) or name.startswith(_VALUES)
+
+
+def value_table(number: int) -> str:
+    """The name of a value embedding."""
+    return f"{_VALUES}{number}.weight"
+
+
+def value_table_of(config: ModelConfig, layer: int) -> int | None:
+    """The number of the value embedding that a layer reads; None if it reads none."""
+    tables, beyond = config.value_embeddings, layer - (config.num_hidden_layers - config.value_embeddings)
+    if layer < tables:
+        return layer
+    return beyond if beyond >= 0 else None
+
+
+def mirror_of(config: ModelConfig, layer: int) -> int | None:
+    """The layer whose input a layer's skip connection brings it, also its row of SKIPS; None if it has none."""
+    mirror = config.num_hidden_layers - 1 - layer
+    return mirror if config.skip_connections and mirror < config.num_hidden_layers // 2 else None
 
 
 def is_sliced(config: ModelConfig, name: str) -> bool:
@@ -131,10 +157,12 @@ def ring_rows(config: ModelConfig, name: str, ring: int) -> tuple[int, int]:
 def shapes_at(config: ModelConfig, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Name -> in-memory shape of every parameter of a model with these FFN widths, one per layer, in canonical order.
 
-    Names are Hugging Face's. Gains of norms have one dimension, everything else has two.
+    Names are Hugging Face's where it has one. Gains of norms have one dimension, everything else has two.
     """
     d, gains = config.hidden_size, config.family == "llama"
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
+    values = (config.vocab_size, config.kv_heads * config.head_dim)
+    shapes |= {value_table(number): values for number in range(config.value_embeddings)}
     for layer, width in enumerate(widths):
         prefix = f"model.layers.{layer}"
         names = [f"{prefix}.self_attn.{kind}_proj.weight" for kind in "qkvo"]
@@ -144,6 +172,8 @@ def shapes_at(config: ModelConfig, widths: Sequence[int]) -> dict[str, tuple[int
             shapes |= {f"{prefix}.{which}_layernorm.weight": (d,) for which in ("input", "post_attention")}
     if gains:
         shapes[FINAL_NORM] = (d,)
+    if config.skip_connections:
+        shapes[SKIPS] = (config.num_hidden_layers // 2, d)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, d)
     return shapes
@@ -157,3 +187,8 @@ def parameter_shapes(config: ModelConfig, tier: int) -> dict[str, tuple[int, ...
 def parameter_count(config: ModelConfig, tier: int) -> int:
     """Parameters of a tier."""
     return sum(math.prod(shape) for shape in parameter_shapes(config, tier).values())
+
+
+def table_parameters(config: ModelConfig) -> int:
+    """Parameters of what has a row for each token, which every tier holds whole."""
+    return sum(math.prod(shape) for name, shape in shapes_at(config, []).items() if is_table(name))

@@ -25,14 +25,12 @@ from braniac.model.objective import Objective, ObjectiveSettings, Term, backward
 from braniac.model.optim import Optimizer, copy_checked
 from braniac.model.rounding import Dice
 from braniac.model.tiers import (
-    EMBEDDING,
-    HEAD,
     is_sliced,
     layer_of,
     parameter_count,
-    parameter_shapes,
     rings_of,
     rows_at,
+    table_parameters,
     tier_width,
 )
 
@@ -47,7 +45,7 @@ class TrainSettings:
     """Muon's: the length by which one step moves each direction of a matrix."""
 
     adam_learning_rate: float = 0.01
-    """Adam's, for the embedding and the head."""
+    """Adam's, for what has a row per token (embedding, head, value embeddings) and for gains."""
 
     batch: int = 8
     """Windows per step."""
@@ -262,7 +260,7 @@ def default_precision(config: ModelConfig) -> Precision:
 def memory_bytes_needed(config: ModelConfig, tier: int, settings: TrainSettings) -> int:
     """Estimate of what a Trainer of this tier adds to the process at its peak, in bytes; torch itself comes on top.
 
-    Weights, gradients and momentum for all parameters and a second moment for embedding and head; on top, whichever is
+    Weights, gradients and momentum for all parameters and a second moment for the tables; on top, whichever is
     larger, the activations kept for the backward pass or the optimizer's temporaries. Counted from the code and
     corrected by measurement: within a third of the resident memory of both presets.
     """
@@ -270,12 +268,12 @@ def memory_bytes_needed(config: ModelConfig, tier: int, settings: TrainSettings)
         terms = settings.objective.terms_at_most(config.tiers - tier)
         return lean_bytes_needed(config, tier, settings.batch * config.context, terms)
     d, width, layers = config.hidden_size, tier_width(config, tier), config.num_hidden_layers
-    shapes = parameter_shapes(config, tier)
-    parameters = parameter_count(config, tier)
-    tables = sum(math.prod(shapes.get(name, (0,))) for name in (EMBEDDING, HEAD))
+    parameters, tables = parameter_count(config, tier), table_parameters(config)
     positions = settings.batch * config.context
     per_layer = 20 * d + (5 if config.gated else 3) * width
     kept = layers * d + per_layer if settings.checkpoint_layers else layers * per_layer
+    kept += 2 * config.value_embeddings * config.kv_heads * config.head_dim
+    kept += 2 * d * (layers // 2) if config.skip_connections else 0
     activations = positions * (kept + 4 * config.vocab_size)
     updates = parameters - tables + 4 * layers * max(2 * width * d, 3 * d * d)  # all momenta, one batch orthogonalised
     return 4 * (3 * parameters + tables + max(activations, updates))

@@ -7,13 +7,12 @@ Payloads are counted as full: a run whose updates overlap, or whose slots fail, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from braniac.model.config import ModelConfig
-from braniac.model.tiers import EMBEDDING, HEAD, parameter_shapes
+from braniac.model.tiers import table_parameters
 from braniac.model.trainer import TrainSettings, memory_bytes_needed
 from braniac.node import commands
 from braniac.protocol import limits, wire
@@ -135,10 +134,8 @@ def _heartbeat_bytes(manifest: Manifest, tier: int) -> int:
 
 def _disk_bytes(manifest: Manifest, model: ModelConfig, settings: TrainSettings, tier: int, generations: int) -> int:
     """Whole generations, anchors of two windows beside the present ones, and what the history can undo or serve."""
-    shapes = parameter_shapes(model, tier)
-    tables = sum(math.prod(shapes.get(name, (0,))) for name in (EMBEDDING, HEAD))
     parameters = manifest.parameters(tier)
-    state = 4 * (2 * parameters + tables)  # weights, momentum, and a second moment of embedding and head
+    state = 4 * (2 * parameters + table_parameters(model))  # weights, momentum, and a second moment of the tables
     held = manifest.held(tier)
     remembered = limits.HISTORY_WINDOWS * sum(_payload_and_update_bytes(manifest, f, PEERS) for f in held)
     states = (generations + _SWEEP_GENERATIONS) * state

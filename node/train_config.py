@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from braniac.model.config import PRESETS, Device, ModelConfig, Precision
+from braniac.model.config import PRESETS, Activation, Device, ModelConfig, Precision
 from braniac.model.objective import Mode, ObjectiveSettings
 from braniac.model.trainer import TrainSettings, default_precision
 from braniac.node.config import DataSection, Preset, Root, Section, UserPath
@@ -51,7 +51,19 @@ class ModelSection(Section):
     matformer_factor: int | None = None
     """How many times narrower the smallest tier's FFN is, a power of two; 1: a dense model."""
     logit_softcap: float | None = None
-    """nanogpt: bound of the logits."""
+    """nanogpt: bound of the logits; 0: none."""
+    qk_norm: bool | None = None
+    """nanogpt: whether queries and keys are normalised."""
+    embedding_norm: bool | None = None
+    """nanogpt: whether embeddings are normalised."""
+    activation: Activation | None = None
+    """nanogpt: what a neuron says, relu2 (ReLU squared) or gelu."""
+    zero_outputs: bool | None = None
+    """Whether output projections and head start at zero."""
+    value_embeddings: int | None = None
+    """nanogpt: tables of what each token adds to the values of attention, each for two layers."""
+    skip_connections: bool | None = None
+    """nanogpt: whether each layer of the second half also gets the input of its mirror image in the first."""
     rope_theta: float | None = None
     """Base of the rotary position frequencies."""
     rope_scaling: tuple[float, ...] = ()

@@ -18,11 +18,14 @@ from braniac.model.tiers import (
     check_width,
     heads_at,
     layer_widths,
+    mirror_of,
     parameter_count,
     parameter_shapes,
     ring_rows,
     rings_of,
+    table_parameters,
     tier_width,
+    value_table_of,
 )
 
 TINY = PRESETS["tiny"]
@@ -67,6 +70,17 @@ def test_dict_round_trip_survives_json() -> None:
         ({"num_hidden_layers": 0}, "from 1 to"),
         ({"num_hidden_layers": 10**9}, "from 1 to"),
         ({"logit_softcap": float("nan")}, "model.logit_softcap is nan"),
+        ({"logit_softcap": 0.5}, r"model.logit_softcap is 0.5: it must be 0 \(none\), or at least 1"),
+        ({"qk_norm": 0}, "model.qk_norm is 0: it must be true or false"),
+        ({"activation": "silu"}, "model.activation is 'silu': it must be one of relu2, gelu"),
+        ({"value_embeddings": 2}, "each takes two layers, and there are 2, so choose at most 1"),
+        (
+            {"value_embeddings": 1, "nested_heads": True, "num_key_value_heads": 0, "num_attention_heads": 8},
+            "one order",
+        ),
+        ({"skip_connections": True, "num_hidden_layers": 1}, "each takes two layers, and there are 1"),
+        ({"family": "llama", "embedding_norm": False}, "only the nanogpt family can have it so, leave it out"),
+        ({"family": "llama", "value_embeddings": 1}, "model.value_embeddings is 1: only the nanogpt family"),
         ({"rope_theta": True}, "model.rope_theta is True"),
         ({"num_attention_heads": 3}, "multiple of model.num_attention_heads"),
         ({"num_attention_heads": 128}, "even"),
@@ -168,6 +182,22 @@ def test_llama_has_gains_a_gate_and_fewer_keys() -> None:
     assert shapes.keys() - tied.keys() == {HEAD}
 
 
+def test_value_embeddings_and_skip_connections_are_outside_the_layers_and_in_every_tier() -> None:
+    rich = dataclasses.replace(TINY, num_hidden_layers=5, value_embeddings=2, skip_connections=True)
+    plain = dataclasses.replace(TINY, num_hidden_layers=5)
+    for tier in (0, 3):
+        added = parameter_shapes(rich, tier).items() - parameter_shapes(plain, tier).items()
+        assert dict(added) == {
+            "model.value_embeds.0.weight": (256, 128),
+            "model.value_embeds.1.weight": (256, 128),
+            "model.skips.weight": (2, 128),
+        }
+    assert [value_table_of(rich, layer) for layer in range(5)] == [0, 1, None, 0, 1]
+    assert [mirror_of(rich, layer) for layer in range(5)] == [None, None, None, 1, 0]
+    assert {value_table_of(plain, layer) for layer in range(5)} == {mirror_of(plain, 4)} == {None}
+    assert table_parameters(rich) == 4 * 256 * 128
+
+
 def test_initial_values_never_change() -> None:
     # Golden: peers of one run must agree on these for ever, whatever the versions of Python, NumPy and machine.
     units = initial_units(TINY, EMBEDDING, 0, 2, 0, 3, seed=0)
@@ -191,5 +221,12 @@ def test_initial_values_have_the_declared_spread_and_depend_on_name_and_seed() -
     assert abs(float(query.std()) - 0.5 / 128**0.5) < 0.002
     assert not np.array_equal(query, initial_tensor(TINY, "model.layers.0.self_attn.k_proj.weight", (128, 128), seed=0))
     assert not np.array_equal(query, initial_tensor(TINY, "model.layers.0.self_attn.q_proj.weight", (128, 128), seed=1))
-    for name in (HEAD, "model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.o_proj.weight"):
+    random = dataclasses.replace(TINY, zero_outputs=False)
+    outputs = {HEAD: 128, "model.layers.0.mlp.down_proj.weight": 512, "model.layers.0.self_attn.o_proj.weight": 128}
+    for name, inputs in outputs.items():
         assert not initial_tensor(TINY, name, (128, 128), seed=0).any()
+        assert float(initial_tensor(random, name, (128, 128), seed=0).std()) == pytest.approx(
+            0.5 / inputs**0.5, rel=0.02
+        )
+    assert not initial_tensor(random, "model.value_embeds.0.weight", (256, 128), seed=0).any()
+    assert (initial_tensor(random, "model.skips.weight", (2, 128), seed=0) == 1).all()

@@ -30,7 +30,8 @@ SMALL = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, 
 LLAMA = dataclasses.replace(SMALL, family="llama", num_attention_heads=4, num_key_value_heads=2)
 NESTED = dataclasses.replace(SMALL, num_attention_heads=16, num_key_value_heads=8, head_size=4, nested_heads=True)
 TIED = dataclasses.replace(NESTED, family="llama", tie_word_embeddings=True)
-FAMILIES = {"nanogpt": SMALL, "llama": LLAMA, "nested": NESTED, "tied": TIED}
+RICH = dataclasses.replace(SMALL, value_embeddings=1, skip_connections=True)
+FAMILIES = {"nanogpt": SMALL, "llama": LLAMA, "nested": NESTED, "tied": TIED, "rich": RICH}
 each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 MEASURED: tuple[Kind, ...] = ("norm", "activation", "fisher")
 PLANTED = [3, 11, 20, 31, 40, 47, 55, 62]
@@ -219,6 +220,8 @@ def test_rescaling_that_leaves_the_function_alone_leaves_the_scores_alone(config
             attention, units = block.self_attn, config.kv_heads
             per_unit(attention.v_proj.weight, units)[1] *= 8
             per_unit(attention.o_proj.weight, units)[1] /= 8
+        if config.value_embeddings:  # both its layers do the same with it
+            model.get_parameter("model.value_embeds.0.weight").view(256, units, -1)[:, 1] *= 8
     assert torch.allclose(model(windows[0]), logits, atol=1e-4)
     for name, score in importance(model, kind, windows).items():
         assert torch.allclose(score, before[name], rtol=1e-3), name

@@ -48,6 +48,17 @@ LLAMA = ModelConfig(
     tie_word_embeddings=True,
     nested_heads=True,
 )
+# Value embeddings and skip connections, which every tier has.
+RICH = ModelConfig(
+    hidden_size=72,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    intermediate_size=80,
+    vocab_size=100,
+    context=8,
+    value_embeddings=1,
+    skip_connections=True,
+)
 
 
 def numbered(config: ModelConfig, tier: int) -> dict[str, torch.Tensor]:
@@ -61,7 +72,9 @@ def numbered(config: ModelConfig, tier: int) -> dict[str, torch.Tensor]:
     return params
 
 
-@pytest.mark.parametrize(("config", "count"), [(TINY, 4), (TINY, 8), (TINY, 23), (ODD, 5), (ODD, 9), (LLAMA, 7)])
+@pytest.mark.parametrize(
+    ("config", "count"), [(TINY, 4), (TINY, 8), (TINY, 23), (ODD, 5), (ODD, 9), (LLAMA, 7), (RICH, 7)]
+)
 @pytest.mark.parametrize("tier", [0, 1, 2, 3])
 def test_the_fragments_of_a_tiers_rings_are_exactly_its_parameters(config: ModelConfig, count: int, tier: int) -> None:
     params = numbered(config, tier)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,11 @@ SMALL = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, 
 LLAMA = dataclasses.replace(SMALL, family="llama", num_attention_heads=4, num_key_value_heads=2)
 NESTED = dataclasses.replace(SMALL, num_attention_heads=16, num_key_value_heads=8, head_size=4, nested_heads=True)
 TIED = dataclasses.replace(NESTED, family="llama", tie_word_embeddings=True)
-FAMILIES = {"nanogpt": SMALL, "llama": LLAMA, "nested": NESTED, "tied": TIED}
+PLAIN = dataclasses.replace(
+    SMALL, qk_norm=False, embedding_norm=False, activation="gelu", logit_softcap=0.0, zero_outputs=False
+)
+RICH = dataclasses.replace(SMALL, value_embeddings=1, skip_connections=True)
+FAMILIES = {"nanogpt": SMALL, "llama": LLAMA, "nested": NESTED, "tied": TIED, "plain": PLAIN, "rich": RICH}
 each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 
 
@@ -46,7 +51,7 @@ def test_a_fresh_model_predicts_uniformly(config: ModelConfig) -> None:
     model.init_weights(seed=0)
     tokens = some_tokens()
     assert model(tokens).shape == (2, 16, 256)
-    if not config.tie_word_embeddings:  # the head is zero
+    if not config.tie_word_embeddings and config.zero_outputs:  # the head is zero
         assert model.loss(tokens, tokens).item() == pytest.approx(math.log(256), abs=1e-5)
 
 
@@ -72,12 +77,52 @@ def test_rotary_products_depend_on_distance_alone() -> None:
     assert torch.allclose(q_TK.norm(dim=1), q_K.norm().expand(16), atol=1e-4)
 
 
-def test_logits_stay_below_the_softcap() -> None:
-    model = random_model()
+@pytest.mark.parametrize("config", [SMALL, PLAIN])
+def test_logits_stay_below_the_softcap_if_there_is_one(config: ModelConfig) -> None:
+    model = random_model(config=config)
     assert model.lm_head is not None
     with torch.no_grad():
         model.lm_head.weight.mul_(1000)
-    assert model(some_tokens()).abs().max() <= SMALL.logit_softcap
+    assert (model(some_tokens()).abs().max() <= 15.0) == (config.softcap is not None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"qk_norm": False}, {"embedding_norm": False}, {"activation": "gelu"}, {"logit_softcap": 0.0}],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_switch_changes_what_the_same_weights_compute(change: dict[str, Any]) -> None:
+    tokens, expected = some_tokens(), random_model()(some_tokens())
+    assert not torch.allclose(random_model(config=dataclasses.replace(SMALL, **change))(tokens), expected, atol=1e-2)
+
+
+def test_a_value_embedding_adds_a_row_per_token_to_the_values_of_its_two_layers() -> None:
+    config = dataclasses.replace(SMALL, num_hidden_layers=5, value_embeddings=2)
+    model, tokens = random_model(config=config), some_tokens()
+    extras, table = [], dict(model.named_parameters())
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda _, arguments: extras.append(arguments[5]))
+    model(tokens)
+    for extra, number in zip(extras, (0, 1, None, 0, 1), strict=True):
+        wanted = None if number is None else table[f"model.value_embeds.{number}.weight"][tokens]
+        assert (extra is None and wanted is None) or torch.equal(extra, wanted)
+
+
+def test_a_skip_connection_brings_a_layer_the_input_of_its_mirror_image() -> None:
+    config = dataclasses.replace(SMALL, num_hidden_layers=5, skip_connections=True)
+    model, tokens = random_model(config=config), some_tokens()
+    inputs, outputs = [], []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    model(tokens)
+    assert model.model.skips is not None
+    gains = model.model.skips.weight
+    assert gains.shape == (2, 32)
+    for layer in (1, 2):
+        assert torch.equal(inputs[layer], outputs[layer - 1])
+    for layer, mirror in ((3, 1), (4, 0)):
+        assert torch.allclose(inputs[layer], outputs[layer - 1] + gains[mirror] * inputs[mirror])
 
 
 @each_family

@@ -35,6 +35,8 @@ LLAMA = ModelConfig(
     context=16,
 )
 NANOGPT = dataclasses.replace(LLAMA, family="nanogpt", logit_softcap=20.0)
+PLAIN = dataclasses.replace(NANOGPT, qk_norm=False, embedding_norm=False, activation="gelu", logit_softcap=0.0)
+RICH = dataclasses.replace(NANOGPT, value_embeddings=1, skip_connections=True)
 NESTED = dataclasses.replace(NANOGPT, num_attention_heads=16, num_key_value_heads=8, head_size=4, nested_heads=True)
 UP = "model.layers.1.mlp.up_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -91,6 +93,9 @@ def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> Non
         (NANOGPT, None),
         (NANOGPT, (32, 32)),
         (NANOGPT, (64, 24)),
+        (PLAIN, None),
+        (RICH, None),
+        (RICH, (64, 24)),
         (NESTED, None),
         (NESTED, (64, 24)),
         (NESTED, (24, 24)),
@@ -114,7 +119,7 @@ def test_models_that_are_no_stock_llama_round_trip(
     assert_same(found, model)
 
 
-@pytest.mark.parametrize("config", [LLAMA, NANOGPT, NESTED], ids=["llama", "nanogpt", "nested"])
+@pytest.mark.parametrize("config", [LLAMA, NANOGPT, NESTED, RICH], ids=["llama", "nanogpt", "nested", "rich"])
 def test_a_narrower_width_reads_only_a_prefix(config: ModelConfig, tmp_path: Path) -> None:
     model = random_model(config)
     save_folder(model, tmp_path / "m", max_shard_bytes=5000)

@@ -25,6 +25,8 @@ from braniac.model.trainer import Trainer, TrainSettings
 NANO = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, context=16)
 LLAMA = dataclasses.replace(NANO, family="llama", num_key_value_heads=2)
 NESTED = dataclasses.replace(NANO, nested_heads=True, matformer_factor=4)
+PLAIN = dataclasses.replace(NANO, qk_norm=False, embedding_norm=False, activation="gelu", logit_softcap=0.0)
+RICH = dataclasses.replace(NANO, num_hidden_layers=5, value_embeddings=2, skip_connections=True)
 TEXT = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 100, np.uint8)
 CORPUS = Corpus("a fox", (TEXT[:4000],), (TEXT[4000:],))
 LEAN = TrainSettings(batch=4, warmup_steps=5, precision="lean")
@@ -65,7 +67,9 @@ def random_model(config: ModelConfig, tier: int) -> GPT:
     return model
 
 
-@pytest.mark.parametrize(("config", "tier"), [(NANO, 0), (NANO, 2), (LLAMA, 0), (NESTED, 0)])
+@pytest.mark.parametrize(
+    ("config", "tier"), [(NANO, 0), (NANO, 2), (LLAMA, 0), (NESTED, 0), (PLAIN, 0), (RICH, 0), (RICH, 2)]
+)
 def test_its_gradients_are_those_of_autograd(config: ModelConfig, tier: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean_layer, "ROWS_AT_ONCE", 48)
     monkeypatch.setattr(lean_layer, "TOKENS_AT_ONCE", 40)
@@ -73,7 +77,11 @@ def test_its_gradients_are_those_of_autograd(config: ModelConfig, tier: int, mon
     monkeypatch.setattr(lean_loss, "TOKENS_AT_ONCE", 24)
     model = random_model(config, tier)
     narrow, whole = config.intermediate_size >> (config.tiers - 1), config.intermediate_size >> tier
-    terms = [Term((whole, whole), 0.6), Term((narrow, whole), 0.3), Term((narrow, narrow), 0.1)]
+    rest = config.num_hidden_layers - 1
+    terms = [
+        Term((first, *[last] * rest), w)
+        for first, last, w in ((whole, whole, 0.6), (narrow, whole, 0.3), (narrow, narrow, 0.1))
+    ]
     tokens, targets = Batches(CORPUS, 0, b"", config.context, 4).batch(0)
     expected_losses = backward(model, tokens, targets, terms, kl_weight=0.5)
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -88,7 +96,7 @@ def test_its_gradients_are_those_of_autograd(config: ModelConfig, tier: int, mon
         assert (recorder.found[name] - gradient).norm().item() < 1e-4 * gradient.norm().item(), name
 
 
-@pytest.mark.parametrize("config", [NANO, LLAMA])
+@pytest.mark.parametrize("config", [NANO, LLAMA, RICH])
 @pytest.mark.parametrize("mode", ["sampled", "joint", "layers"])
 def test_it_learns_what_float32_learns(config: ModelConfig, mode: Mode) -> None:
     losses = {}
@@ -114,18 +122,36 @@ def test_matrices_are_bfloat16_gains_float32_and_momentum_one_byte() -> None:
     assert all(p.grad is None for p in trainer.params.values())
 
 
-def test_a_resumed_trainer_goes_on_to_the_bit() -> None:
-    straight, stopped = trainer_of(LLAMA), trainer_of(LLAMA)
+@pytest.mark.parametrize("config", [LLAMA, RICH])
+def test_a_resumed_trainer_goes_on_to_the_bit(config: ModelConfig) -> None:
+    straight, stopped = trainer_of(config), trainer_of(config)
     for _ in range(3):
         straight.step()
         stopped.step()
     tensors, counters = stopped.state()
     stopped.step()
-    resumed = trainer_of(LLAMA)
+    resumed = trainer_of(config)
     resumed.load_state(tensors, counters)
     for _ in range(3):
         assert straight.step() == resumed.step()
     assert all(torch.equal(p, resumed.params[name]) for name, p in straight.params.items())
+
+
+def test_value_embeddings_move_only_where_they_were_looked_up() -> None:
+    trainer = trainer_of(RICH)
+    for _ in range(3):
+        trainer.step()
+    before, _ = trainer.state()
+    tokens, _ = trainer.batches.batch(3)
+    trainer.step()
+    absent = torch.ones(256, dtype=torch.bool)
+    absent[tokens.flatten()] = False
+    for name in ("model.value_embeds.0.weight", "model.value_embeds.1.weight"):
+        assert trainer.params[name].dtype == torch.bfloat16
+        assert torch.equal(before[name][absent], trainer.params[name][absent])
+        assert not torch.equal(before[name][~absent], trainer.params[name][~absent])
+    assert trainer.params["model.skips.weight"].dtype == torch.float32
+    assert not torch.equal(before["model.skips.weight"], trainer.params["model.skips.weight"])
 
 
 def test_a_narrow_step_leaves_wider_rows_and_absent_tokens_alone() -> None:

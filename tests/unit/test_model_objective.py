@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,11 +196,11 @@ def test_weights_for_another_number_of_tiers_are_refused(name: str) -> None:
 # --- the gradient ----------------------------------------------------------------------------------------------------
 
 
-def model_of(family: str = "nanogpt") -> GPT:
+def model_of(family: str = "nanogpt", **ingredients: Any) -> GPT:
     """Float64, with weights that are nowhere zero."""
     config = ModelConfig(
         family=family, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, context=8,
-        vocab_size=32,
+        vocab_size=32, **ingredients,
     )  # fmt: skip
     model = GPT(config).double()
     generator = torch.Generator().manual_seed(5)
@@ -224,9 +225,12 @@ def gradient_of(model: GPT, terms: list[Term], kl_weight: float = 0.0) -> dict[s
 TERMS = [Term((64, 64, 64), 0.5), Term((32, 16, 64), 0.3), Term((8, 8, 8), 0.2)]
 
 
-@pytest.mark.parametrize("family", ["nanogpt", "llama"])
-def test_the_gradient_of_a_step_is_the_weighted_sum_of_its_terms(family: str) -> None:
-    model = model_of(family)
+RICH: dict[str, Any] = {"value_embeddings": 1, "skip_connections": True}
+
+
+@pytest.mark.parametrize(("family", "ingredients"), [("nanogpt", {}), ("llama", {}), ("nanogpt", RICH)])
+def test_the_gradient_of_a_step_is_the_weighted_sum_of_its_terms(family: str, ingredients: dict[str, Any]) -> None:
+    model = model_of(family, **ingredients)
     together = gradient_of(model, TERMS)
     apart = [gradient_of(model, [Term(term.widths, 1.0)]) for term in TERMS]
     for name, gradient in together.items():
@@ -234,8 +238,9 @@ def test_the_gradient_of_a_step_is_the_weighted_sum_of_its_terms(family: str) ->
         torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_the_losses_told_are_the_plain_ones() -> None:
-    model = model_of()
+@pytest.mark.parametrize("ingredients", [{}, RICH])
+def test_the_losses_told_are_the_plain_ones(ingredients: dict[str, Any]) -> None:
+    model = model_of(**ingredients)
     tokens, targets = batch_of(model)
     wanted = [model.loss(tokens, targets, term.widths).item() for term in TERMS]
     assert backward(model, tokens, targets, TERMS, 0.7) == pytest.approx(wanted)
@@ -260,13 +265,15 @@ def weighted_loss(model: GPT, kl_weight: float, teacher: np.ndarray | None) -> t
     return total, teacher
 
 
-def test_the_gradient_pulls_the_narrow_towards_the_widest_which_is_held_still() -> None:
-    model, kl_weight, step = model_of(), 0.7, 1e-5
+@pytest.mark.parametrize("ingredients", [{}, RICH])
+def test_the_gradient_pulls_the_narrow_towards_the_widest_which_is_held_still(ingredients: dict[str, Any]) -> None:
+    model, kl_weight, step = model_of(**ingredients), 0.7, 1e-5
     gradient = gradient_of(model, TERMS, kl_weight)
     _, teacher = weighted_loss(model, kl_weight, None)
     generator = torch.Generator().manual_seed(7)
     for name, p in model.named_parameters():
-        flat, place = p.detach().view(-1), int(torch.randint(p.shape[1] * 8, (), generator=generator))  # any width's
+        everybodys = p.shape[1] * min(8, len(p))  # values that any width has
+        flat, place = p.detach().view(-1), int(torch.randint(everybodys, (), generator=generator))
         value = flat[place].item()
         losses = []
         for moved in (value + step, value - step):

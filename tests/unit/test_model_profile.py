@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -18,6 +19,7 @@ from braniac.model.profile import measure
 from braniac.node.cli import app
 
 CONFIG = ModelConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, context=16)
+RICH = dataclasses.replace(CONFIG, value_embeddings=1, skip_connections=True)
 
 
 def model_of(config: ModelConfig = CONFIG) -> GPT:
@@ -47,8 +49,11 @@ class WorkClock:
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_each_part_is_charged_for_its_own_work_and_the_knee_is_where_they_cross(decode: bool) -> None:
-    model = model_of()
+@pytest.mark.parametrize("config", [CONFIG, RICH])
+def test_each_part_is_charged_for_its_own_work_and_the_knee_is_where_they_cross(
+    config: ModelConfig, decode: bool
+) -> None:
+    model = model_of(config)
     profile = measure(model, (128, 64, 16), (8, 15), clock=WorkClock(model), decode=decode, rounds=2)
     assert len(profile.layers) == 3 * 3 * 2
     assert all(t.attention_s == 1000 and t.ffn_s == 10 * t.width for t in profile.layers)

@@ -63,6 +63,7 @@ def test_a_slice_with_fewer_heads_has_the_schema_of_the_whole() -> None:
         {key: value for key, value in FULL.items() if key not in ("rms_norm_eps", "rope_theta", "num_key_value_heads")},
         {**FULL, "rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
         {**FULL, "rope_scaling": {"type": "default"}},
+        {**FULL, "qk_norm": True, "embedding_norm": True, "value_embeddings": 0, "skip_connections": False},
     ],
 )
 def test_spelling_does_not_change_the_schema(other: dict[str, object]) -> None:
@@ -88,6 +89,10 @@ def test_spelling_does_not_change_the_schema(other: dict[str, object]) -> None:
         {"attention_bias": True},
         {"hidden_act": "gelu"},
         {"logit_softcap": 15.0},
+        {"qk_norm": False},
+        {"embedding_norm": False},
+        {"value_embeddings": 1},
+        {"skip_connections": True},
     ],
 )
 def test_what_changes_the_model_changes_the_schema(change: dict[str, object]) -> None:
