@@ -2,7 +2,8 @@
 
 Encodes and decodes a fragment of full tiles whose values are drawn like a residual: Student's t with 4 degrees of
 freedom, of another scale in every tile. Copy, encoding and decoding take turns, and medians over the rounds are
-printed. Throughput is counted in bytes of dense float32, four for each parameter, whatever was read or written for it.
+printed. Throughput is counted in bytes of dense float32, four for each parameter, whatever was read or written for it,
+per second of the core's time: other programs on the machine count only as far as they empty its caches.
 
   encode        select_topk and encode: int32 fixed point -> payload
   decode        payload -> positions and values, all checked
@@ -45,9 +46,9 @@ def seconds_of(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began = time.thread_time()
             way()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.thread_time() - began)
     return seconds
 
 
