@@ -6,16 +6,16 @@ Only seeds are replaced. What fuzzing has found lies beside them under names of 
 from __future__ import annotations
 
 from tests.fuzz.corpus_files import CORPUS, SEED
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import every
 
 
 def seed_files(name: str) -> dict[str, bytes]:
     """The seeds of a target by file name."""
-    return {f"{SEED}{number}": data for number, data in enumerate(TARGETS[name].seeds())}
+    return {f"{SEED}{number}": data for number, data in enumerate(every()[name].seeds())}
 
 
 def main() -> None:
-    for name in TARGETS:
+    for name in every():
         folder = CORPUS / name
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"{SEED}*"):

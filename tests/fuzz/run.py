@@ -29,9 +29,9 @@ def fuzz(name: str, flags: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["braniac"]):
-        from tests.fuzz.targets import TARGETS
+        from tests.fuzz.targets import find
 
-    target = TARGETS[name]
+        target = find(name)
 
     def once(data: bytes) -> None:
         target.run(data)

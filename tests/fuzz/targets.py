@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
-from tests.fuzz import model_targets, node_targets, protocol_targets
+import importlib
 
-TARGETS = {**protocol_targets.TARGETS, **node_targets.TARGETS, **model_targets.TARGETS}
+from tests.fuzz.target import Target
+
+_MODULES = ("protocol_targets", "model_targets", "node_targets")
+
+
+def find(name: str) -> Target:
+    """One target, loading no more than it takes: what model/ and node/ stand on takes seconds."""
+    for module in _MODULES:
+        targets: dict[str, Target] = importlib.import_module(f"tests.fuzz.{module}").TARGETS
+        if name in targets:
+            return targets[name]
+    raise KeyError(name)
+
+
+def every() -> dict[str, Target]:
+    """All targets."""
+    return {n: t for module in _MODULES for n, t in importlib.import_module(f"tests.fuzz.{module}").TARGETS.items()}
