@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,12 @@ def fuzz(name: str, flags: list[str]) -> None:
         target = find(name)
 
     def once(data: bytes) -> None:
-        target.run(data)
+        try:
+            target.run(data)
+        except BaseException:
+            # libFuzzer's timer would kill an interpreter that takes long to end, before the input is written down.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise
 
     atheris.Setup([sys.argv[0], f"-max_len={target.bytes_max}", *flags], once)
     atheris.Fuzz()
