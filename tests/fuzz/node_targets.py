@@ -434,6 +434,6 @@ TARGETS = {
     "log_line": Target(
         log_line,
         lambda: [b'{"event": "slot 3", "level": "info", "timestamp": "2026-01-01T00:00:00Z", "slot": 3}'],
-        1024,
+        2048,
     ),
 }

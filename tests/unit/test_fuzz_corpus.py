@@ -51,3 +51,10 @@ def test_cut_and_spoilt_seeds_are_refused_or_harmless(name: str) -> None:
             spoilt = bytearray(data)
             spoilt[position] ^= 1 << position % 8
             target.run(bytes(spoilt))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_nesting_has_an_end(name: str) -> None:
+    """Deeper than Python's parsers follow; a fuzzer hardly gets there."""
+    for opening in (b"[", b'{"a":'):
+        TARGETS[name].run(opening * 2000)
