@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+SECONDS ?= 60
+KILLS   ?= 1000
 BIN    := $(VENV)/bin
 NODE   := $(BIN)/braniac-node
 
@@ -9,7 +11,10 @@ NODE   := $(BIN)/braniac-node
 TORCH  := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help join test test-containers venv proto dashboards swarm up down clean
+.PHONY: help join test test-containers venv proto dashboards swarm up down fuzz durability nightly clean
+
+# What takes hours and is not part of `make test`. Each is a target of its own, so that it can be run alone.
+NIGHTLY := fuzz durability
 
 help:
 	@echo 'make join [PEERS=ADDR,ADDR] [TIER=auto|0..3] [DATA="PATH ..."] [PRESET=tiny|small] [STATE=DIR] [ARGS="..."]'
@@ -21,6 +26,9 @@ help:
 	@echo 'make down        remove its containers, networks and volumes'
 	@echo 'make test-containers   build the images, harm a swarm in containers and judge it; skipped without an engine'
 	@echo 'make dashboards  write the dashboards of Grafana again'
+	@echo 'make fuzz [SECONDS=60]        fuzz every decoder for so long, one after the other'
+	@echo 'make durability [KILLS=1000]  kill a process that saves, again and again, and look for damage'
+	@echo 'make nightly     all that takes hours: $(NIGHTLY)'
 	@echo 'make proto       generate the Python modules of the .proto files again'
 	@echo 'make clean       remove caches and build results, but not $(VENV)'
 
@@ -43,6 +51,15 @@ venv: $(VENV)/.installed-dev
 
 swarm: $(VENV)/.installed-node
 	$(NODE) swarm --nodes 4 --tiers 0,1,2,3 --seconds 120 --kill 2 --json
+
+fuzz: $(VENV)/.installed-fuzz
+	$(BIN)/python -m tests.fuzz.run --seconds $(SECONDS)
+
+durability: $(VENV)/.installed-node
+	$(BIN)/python benchmarks/durability.py --kills $(KILLS) --json
+
+nightly: SECONDS = 300
+nightly: $(NIGHTLY)
 
 proto: $(VENV)/.installed-dev
 	PYTHON="$(abspath $(BIN)/python)" sh scripts/proto.sh
@@ -74,3 +91,7 @@ $(VENV)/.installed-node: $(VENV)/.installed-torch pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/.installed-node
+
+$(VENV)/.installed-fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[dev,fuzz]'
+	@touch $@

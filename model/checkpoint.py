@@ -56,7 +56,7 @@ def from_safetensors(data: bytes) -> tuple[dict[str, Tensor], Metadata]:
         raise CheckpointError(f"the checkpoint is no valid safetensors file ({error}): fetch it again.") from error
     # The library has validated the header but does not hand out its metadata; eight bytes of length precede the JSON.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata = _metadata(header.get("__metadata__", {}))
+    metadata = _metadata(header.get("__metadata__") or {})
     tensors = {name: _turned(name, tensor).contiguous() for name, tensor in on_disk.items()}
     _check(tensors, metadata.config, metadata.tier)
     return tensors, metadata

@@ -62,8 +62,8 @@ def anchor_from_bytes(data: bytes, size: int) -> Int32Array:
 
 def to_fixed_point(weights: torch.Tensor) -> Int64Array:
     """Float32 weights [size] as int64 in units of 2**-20, rounded to nearest even."""
-    fixed: Int64Array = np.rint(weights.numpy() * np.float32(_ONE)).astype(np.int64)
-    return fixed
+    scaled = weights.numpy() * np.float32(_ONE)
+    return np.rint(scaled, out=scaled).astype(np.int64)
 
 
 def to_weights(anchor: Int32Array) -> torch.Tensor:

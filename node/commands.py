@@ -160,10 +160,12 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def bytes_text(count: int) -> str:
-    """A number of bytes for people: 812 B, 4.1 kB, 3.2 GB."""
+def bytes_text(count: float) -> str:
+    """A number of bytes for people: 812 B, 4.1 kB, 3.2 GB; a dash for one that is not finite."""
+    if not math.isfinite(count):
+        return "-"
     if count < 1000:
-        return f"{count} B"
+        return f"{int(count)} B"
     size = count / 1000
     for unit in ("kB", "MB", "GB"):
         if size < 1000:
@@ -173,7 +175,9 @@ def bytes_text(count: int) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A time span for people: 42s, 3m 07s, 5h 12m, 2d 04h."""
+    """A time span for people: 42s, 3m 07s, 5h 12m, 2d 04h; a dash for one that is not finite."""
+    if not math.isfinite(seconds):
+        return "-"
     whole = int(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -118,7 +118,7 @@ def _disk(facts: Facts) -> Iterator[Finding]:
             yield Finding("disk_space", Severity.OK, told)
     if facts.disk_bytes_per_s is not None:
         slow = facts.disk_bytes_per_s < _DISK_SLOW_BYTES_PER_S
-        sentence = f"the disk writes about {bytes_text(int(facts.disk_bytes_per_s))} per second"
+        sentence = f"the disk writes about {bytes_text(facts.disk_bytes_per_s)} per second"
         remedy = "choose a faster disk for --state-dir: a checkpoint is written with every contribution"
         yield Finding("disk_speed", Severity.WARNING if slow else Severity.OK, sentence, remedy if slow else "")
 

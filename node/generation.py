@@ -39,10 +39,16 @@ def encode_manifest(generation: Generation) -> bytes:
 
 
 def decode_manifest(number: int, data: bytes) -> Generation:
-    """Inverse of `encode_manifest`. Raises ValueError unless every field is in place and the hash matches."""
-    document = json.loads(data)
-    if not isinstance(document, dict) or document.keys() != {"number", "content", "refs", "sha256"}:
-        raise ValueError("not a manifest")
+    """Inverse of `encode_manifest`. Raises ValueError for anything that it would not have written."""
+    try:
+        document = json.loads(data)
+        if not isinstance(document, dict) or document.keys() != {"number", "content", "refs", "sha256"}:
+            raise ValueError("not a manifest")
+        # Some damage, such as that to an escape's upper or lower case, does not change what the JSON says.
+        if _canonical(document) != data:
+            raise ValueError("not in canonical form")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     claimed = document.pop("sha256")
     if hashlib.sha256(_canonical(document)).hexdigest() != claimed:
         raise ValueError("its hash does not match")

@@ -64,7 +64,7 @@ def parse_link(text: str) -> JoinLink:
         raise _refused(text, "its run id is not 64 hexadecimal digits in lower case")
     try:
         addresses = tuple(unquote_to_bytes(part).decode() for part in rest.split(","))
-    except UnicodeDecodeError:
+    except UnicodeError:  # also of what the shell handed over, if that was no text
         raise _refused(text, "an address in it is not text") from None
     if len(addresses) > ADDRESSES_MAX:
         raise _refused(text, f"it names more than {ADDRESSES_MAX} addresses")

@@ -44,7 +44,7 @@ def _important(line: str, level: str) -> bool:
     """Whether a line is of this level or above; what cannot be read is, for it may be the trace of a failure."""
     try:
         written = json.loads(line)["level"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return True
     return written not in LEVELS or LEVELS.index(written) >= LEVELS.index(level)
 

@@ -119,7 +119,7 @@ def render_line(line: str, *, colors: bool) -> str:
     """A line of the log file as the console shows it; what is no JSON object as it is, made printable."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
         return printable(line)

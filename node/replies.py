@@ -72,7 +72,7 @@ def cap_texts(reply: StatusReply) -> list[str]:
             texts.append(f"{name} {bytes_text(used)} of {bytes_text(bound)}")
     for name, rate in (("upload", caps.upload_bytes_per_s), ("download", caps.download_bytes_per_s)):
         if rate:
-            texts.append(f"{name} {bytes_text(int(rate))}/s")
+            texts.append(f"{name} {bytes_text(rate)}/s")
     if 0 < caps.duty_fraction < 1:
         texts.append(f"training {caps.duty_fraction:.0%} of the time")
     if caps.threads:

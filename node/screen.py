@@ -131,8 +131,8 @@ def _below(history: History, width: int, ascii_only: bool) -> Iterator[Text]:
 
 
 def _traffic_text(total: int, per_s: float, bound_per_s: float) -> str:
-    bound = f" of {bytes_text(int(bound_per_s))}/s" if bound_per_s else ""
-    return f"{bytes_text(total)}, now {bytes_text(int(per_s))}/s{bound}"
+    bound = f" of {bytes_text(bound_per_s)}/s" if bound_per_s else ""
+    return f"{bytes_text(total)}, now {bytes_text(per_s)}/s{bound}"
 
 
 def _loss_rows(losses: Sequence[float], width: int, room: int, ascii_only: bool) -> Iterator[Text]:

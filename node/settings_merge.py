@@ -86,6 +86,8 @@ def _from_file(root: type[Root], file: Path) -> Iterator[Setting]:
         raise ConfigError(f"{file} is not valid TOML: {error}; correct that line") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, brackets nested a thousand times
+        raise ConfigError(f"{file} holds a number or a list that is too long for any setting: correct it") from None
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}; check --config") from None
     for section, table in content.items():
@@ -121,7 +123,7 @@ def _parse(text: str, *, into_list: bool) -> object:
         return None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     if isinstance(value, list | dict) or (isinstance(value, str) and text.startswith(("'", '"'))):
         return value

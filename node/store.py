@@ -219,11 +219,11 @@ class Store:
         try:
             return decode_manifest(number, self._manifest(number).read_bytes())
         except ValueError as error:
-            raise StateError(f"the manifest of generation {number} is damaged: {error}") from None
+            raise StateError(f"{self._manifest(number)} is damaged: {error}") from None
         except OSError as error:
             if error.errno not in (errno.EIO, errno.ENOENT):  # gone: a daemon swept it while we looked
                 raise
-            raise StateError(f"the manifest of generation {number} cannot be read: {error}") from None
+            raise StateError(f"{self._manifest(number)} cannot be read: {error.strerror}") from None
 
     def _verify(self, digest: bytes) -> None:
         """Hash a blob without holding it in memory. Raises BlobMissing, BlobDamaged."""
@@ -269,9 +269,9 @@ class Store:
         return self._blobs / name[:2] / name
 
     def _missing(self, digest: bytes) -> BlobMissing:
-        return BlobMissing(f"blob {digest.hex()} is missing: put it again or fetch it")
+        return BlobMissing(f"{self._path(digest)} is missing: put it again or fetch it")
 
     def _damaged(self, digest: bytes) -> BlobDamaged:
         with contextlib.suppress(OSError):
             self._files.remove(self._path(digest))
-        return BlobDamaged(f"blob {digest.hex()} was damaged and has been removed: put it again or fetch it")
+        return BlobDamaged(f"{self._path(digest)} was damaged and has been removed: put it again or fetch it")

@@ -19,6 +19,7 @@ compress.py) and Golomb-Rice coding of the gaps (Sattler et al. 2019, Sparse Bin
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,8 @@ from braniac.protocol.errors import Refusal, WireError
 _HEADER = struct.Struct("<BBBBI")
 _FORMAT = 1
 _HAS_COUNTS = 1
+_LEVEL_BITS = limits.LEVEL_MAX.bit_length()
+_BLOCK_VALUES = 1 << 16  # read at a time when selecting: what is made of them stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -103,26 +106,80 @@ class Sparse:
 EMPTY = Sparse(np.zeros(0, np.int64), np.zeros(0, np.int32))
 
 
-def select_topk(layout: TileLayout, vector: NDArray[np.integer], per_tile: int) -> Sparse:
-    """The largest values of each tile of `vector` [size]; of equal magnitudes the earlier position wins."""
+def select_topk(layout: TileLayout, vector: Int32Array | Int64Array, per_tile: int) -> Sparse:
+    """The largest values of each tile of `vector` [size]; of equal magnitudes the earlier position wins.
+
+    Magnitudes from 2**31 on (2048.0 in fixed point) count as equal.
+    """
     assert vector.shape == (layout.size,)
-    found, start = [], 0
+    found, bounds, start = [], [], 0
     for size, count in layout.groups:
-        block = vector[start : start + size * count].reshape(count, size).astype(np.int64)
         keep = min(size, max(1, -(-size * per_tile // limits.TILE_SIZE_MAX)))
-        # Magnitude and position in one integer: every key differs, so the selection has one answer on every machine.
-        keys = np.abs(block) * size + np.arange(size - 1, -1, -1)
-        columns = np.argpartition(keys, size - keep, axis=1)[:, size - keep :]
-        columns.sort(axis=1)
-        found.append((start + np.arange(count)[:, None] * size + columns).reshape(-1))
+        tiles = vector[start : start + size * count].reshape(count, size)
+        for block, bound in _candidates(tiles, keep):
+            found.append(block + start)
+            bounds.append(bound)
         start += size * count
-    positions = np.concatenate(found)
-    values = np.clip(vector[positions].astype(np.int64), -limits.LEVEL_MAX, limits.LEVEL_MAX).astype(np.int32)
-    some = values != 0
-    return Sparse(positions[some], values[some])
+    chosen = np.concatenate(found)
+    magnitude = _magnitude(vector[chosen], np.empty(len(chosen), np.uint32))
+    chosen = chosen[_fits(layout, per_tile, chosen, magnitude, np.concatenate(bounds))]
+    values = np.clip(vector[chosen], -limits.LEVEL_MAX, limits.LEVEL_MAX).astype(np.int32)
+    return Sparse(chosen, values)
 
 
-def encode_topk(layout: TileLayout, rules: CodecRules, vector: NDArray[np.integer]) -> tuple[bytes, Sparse]:
+def _candidates(tiles: Int32Array | Int64Array, keep: int) -> Iterator[tuple[Int64Array, NDArray[np.uint32]]]:
+    """Some tiles at a time: positions, ascending, of what is no smaller than the `keep`-th largest, and that bound.
+
+    There are more than `keep` in a tile if several equal its bound.
+    """
+    count, size = tiles.shape
+    step = min(count, max(1, _BLOCK_VALUES // size))
+    # Memory that is used again stays in the cache, and the system need not clear it each time.
+    magnitudes, partitioned = np.empty((2, step, size), np.uint32)
+    large = np.empty((step, size), bool)
+    for at in range(0, count, step):
+        rows = min(step, count - at)
+        magnitude = _magnitude(tiles[at : at + rows], magnitudes[:rows])
+        np.copyto(partitioned[:rows], magnitude)
+        partitioned[:rows].partition(size - keep, axis=1)
+        bound = np.maximum(partitioned[:rows, size - keep], 1)  # 1 leaves out zeros
+        np.greater_equal(magnitude, bound[:, None], out=large[:rows])
+        yield np.flatnonzero(large[:rows]) + at * size, bound
+
+
+def _magnitude(values: Int32Array | Int64Array, out: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Absolute values, at most 2**31."""
+    if values.dtype == np.int32:
+        np.abs(values, out=out.view(np.int32))  # of -2**31 too: the bits are right
+    else:
+        np.minimum(np.abs(values), 1 << 31, out=out, casting="unsafe")
+    return out
+
+
+def _fits(
+    layout: TileLayout, per_tile: int, chosen: Int64Array, magnitude: NDArray[np.uint32], bounds: NDArray[np.uint32]
+) -> NDArray[np.bool_]:
+    """Of candidates [n], all but the last of those that equal the bound of a tile with too many."""
+    counts = _counts(layout, chosen)
+    surplus = np.maximum(counts - layout.capacity(per_tile), 0)
+    at = np.flatnonzero(np.repeat(surplus > 0, counts))
+    tile = np.repeat(np.flatnonzero(surplus), counts[surplus > 0])
+    tied = magnitude[at] == bounds[tile]
+    # Ties are counted from the end: those in this tile from here on, here included.
+    from_here = np.cumsum(tied[::-1])[::-1]
+    in_tile = np.bincount(tile[tied], minlength=layout.tiles)
+    behind = np.cumsum(in_tile[::-1])[::-1] - in_tile
+    fits = np.ones(len(chosen), bool)
+    fits[at] = ~tied | (from_here - behind[tile] > surplus[tile])
+    return fits
+
+
+def _counts(layout: TileLayout, positions: Int64Array) -> Int64Array:
+    """[tiles] how many of the ascending `positions` lie in each tile."""
+    return np.diff(np.searchsorted(positions, layout.tile_starts()), append=len(positions))
+
+
+def encode_topk(layout: TileLayout, rules: CodecRules, vector: Int32Array | Int64Array) -> tuple[bytes, Sparse]:
     """Compress `vector` [size]: the payload, and exactly what a receiver decodes from it."""
     return encode(layout, rules, select_topk(layout, vector, rules.per_tile))
 
@@ -130,13 +187,11 @@ def encode_topk(layout: TileLayout, rules: CodecRules, vector: NDArray[np.intege
 def encode(layout: TileLayout, rules: CodecRules, chosen: Sparse) -> tuple[bytes, Sparse]:
     """Quantise and pack `chosen`, which must respect the capacity of each tile."""
     m, n = rules.magnitude_bits, len(chosen)
-    starts = layout.tile_starts()
-    tile = np.searchsorted(starts, chosen.positions, side="right") - 1
-    counts = np.bincount(tile, minlength=layout.tiles)
+    starts, counts = layout.tile_starts(), _counts(layout, chosen.positions)
     assert np.all(counts <= layout.capacity(rules.per_tile)), "more values in a tile than its capacity"
     used = np.flatnonzero(counts)
-    slot_of_tile = np.cumsum(counts > 0) - 1  # row of the tile's levels in the table
-    row = slot_of_tile[tile]
+    tile = np.repeat(used, counts[used])
+    row = np.repeat(np.arange(len(used)), counts[used])  # of the tile's levels in the table
     magnitude = np.abs(chosen.values.astype(np.int64))
     code, levels = _quantise(row, magnitude, len(used), m)
     gaps = bitpack.gaps(chosen.positions - starts[tile], tile)
@@ -156,7 +211,7 @@ def encode(layout: TileLayout, rules: CodecRules, chosen: Sparse) -> tuple[bytes
 
 
 def decode(layout: TileLayout, rules: CodecRules, payload: bytes | memoryview) -> Sparse:
-    """Inverse of `encode`. Raises WireError on anything that `encode` could not have written for this layout."""
+    """Inverse of `encode`. Raises WireError for anything that does not fit the layout and the rules exactly."""
     data = memoryview(payload)
     if len(data) < _HEADER.size:
         raise WireError(Refusal.WRONG_SHAPE, f"a payload of {len(data)} bytes has no header")
@@ -219,29 +274,29 @@ def _quantise(row: Int64Array, magnitude: Int64Array, rows: int, bits: int) -> t
     for depth in range(bits):
         group = (row << depth) | code
         count, total = _group_sums(group, magnitude, rows << depth)
-        code = (code << 1) | (magnitude * count[group] >= total[group])
-    rank, distinct = _rank_in_row(row, magnitude, rows)
-    code = np.where(distinct[row] <= 1 << bits, rank, code)
-    group = (row << bits) | code
-    count, total = _group_sums(group, magnitude, rows << bits)
+        mean = -(-total // np.maximum(count, 1))
+        code = (code << 1) | (magnitude >= mean[group])
+    code = _rank_where_few(row, magnitude, rows, bits, code)
+    count, total = _group_sums((row << bits) | code, magnitude, rows << bits)
     mean = (2 * total + count) // np.maximum(2 * count, 1)
     return code, bitpack.to_float16(mean).reshape(rows, 1 << bits)
 
 
-def _rank_in_row(row: Int64Array, magnitude: Int64Array, rows: int) -> tuple[Int64Array, Int64Array]:
-    """([n] how many distinct magnitudes of its row are smaller, [rows] how many distinct ones there are)."""
-    order = np.lexsort((magnitude, row))
-    rows_ordered, ordered = row[order], magnitude[order]
-    fresh = np.ones(len(order), np.int64)
-    fresh[1:] = (ordered[1:] != ordered[:-1]) | (rows_ordered[1:] != rows_ordered[:-1])
-    distinct = np.bincount(rows_ordered, weights=fresh, minlength=rows).astype(np.int64)
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.cumsum(fresh) - 1 - (np.cumsum(distinct) - distinct)[rows_ordered]
-    return rank, distinct
+def _rank_where_few(row: Int64Array, magnitude: Int64Array, rows: int, bits: int, code: Int64Array) -> Int64Array:
+    """`code` [n], but in rows with at most 2**bits distinct magnitudes how many of those are smaller."""
+    # Where every level is used there are at least 2**bits distinct magnitudes, and with no more the code is the rank.
+    unused = np.bincount((row << bits) | code, minlength=rows << bits).reshape(rows, 1 << bits) == 0
+    at = np.flatnonzero(unused.any(axis=1)[row])
+    distinct, which = np.unique((row[at] << _LEVEL_BITS) | magnitude[at], return_inverse=True)
+    row_of = distinct >> _LEVEL_BITS
+    rank = which - np.searchsorted(row_of, row_of)[which]
+    few = np.bincount(row_of, minlength=rows)[row[at]] <= 1 << bits
+    code[at[few]] = rank[few]
+    return code
 
 
 def _group_sums(group: Int64Array, magnitude: Int64Array, groups: int) -> tuple[Int64Array, Int64Array]:
-    """Count and sum per group. Float64 sums are exact here: below 4096 values of 24 bits."""
+    """Count and sum per group. Float64 sums are exact here: at most 4096 values of 24 bits."""
     count = np.bincount(group, minlength=groups)
-    total = np.bincount(group, weights=magnitude.astype(np.float64), minlength=groups)
+    total = np.bincount(group, weights=magnitude, minlength=groups)
     return count, total.astype(np.int64)

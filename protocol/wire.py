@@ -55,12 +55,12 @@ def seal(identity: Identity, run_id: bytes, sequence: int, message: Message) -> 
         case Certificate():
             content.certificate.ParseFromString(statements.certificate_bytes(message))
         case CertificateRequest():
-            content.certificate_request.names.extend(_names_out(message.names))
+            content.certificate_request.CopyFrom(pb.CertificateRequest(names=_names_out(message.names)))
         case Goodbye():
             content.goodbye.slot = message.slot
         case Introduction():
-            for peer, addresses in message.peers:
-                content.introduction.peers.add(peer=peer, addresses=addresses)
+            peers = [pb.Acquaintance(peer=peer, addresses=addresses) for peer, addresses in message.peers]
+            content.introduction.CopyFrom(pb.Introduction(peers=peers))
         case Equivocation():
             content.equivocation.first.CopyFrom(statements.signed_out(message.first))
             content.equivocation.second.CopyFrom(statements.signed_out(message.second))

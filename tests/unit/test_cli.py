@@ -447,6 +447,11 @@ def test_durations_for_people(seconds: float, text: str) -> None:
     assert commands.duration_text(seconds) == text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_a_dash(value: float) -> None:
+    assert commands.duration_text(value) == commands.bytes_text(value) == "-"
+
+
 def test_addresses_come_separated_by_commas_or_spaces() -> None:
     assert commands.split_addresses(["a, b", "c d,e", ""]) == ["a", "b", "c", "d", "e"]
     assert commands.split_addresses(None) is None

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braniac.protocol import codec, limits
+from braniac.protocol import bitpack, codec, limits
 from braniac.protocol.bitpack import Int64Array
 from braniac.protocol.codec import CodecRules, Sparse, TileLayout
 from braniac.protocol.errors import Refusal, WireError
@@ -77,6 +77,26 @@ def test_encoding_what_was_decoded_changes_nothing(
     assert same(sent, again)
 
 
+@given(values=st.lists(st.integers(0, (1 << 15) - 1), max_size=70), spare=st.integers(0, 3))
+def test_bit_streams_come_back(values: list[int], spare: int) -> None:
+    array = np.array(values, np.int64)
+    width = min(16, max([0, *map(int.bit_length, values)]) + spare)
+    packed = bitpack.pack_bits(array, width)
+    assert len(packed) == bitpack.bytes_of_bits(len(values) * width)
+    assert np.array_equal(bitpack.unpack_bits(memoryview(packed), len(values), width), array)
+    short = array % 40
+    assert np.array_equal(bitpack.unpack_unary(memoryview(bitpack.pack_unary(short)), len(values)), short)
+
+
+@given(values=st.lists(st.integers(0, limits.LEVEL_MAX), max_size=30))
+def test_levels_are_close_and_come_back(values: list[int]) -> None:
+    array = np.array(values, np.int64)
+    levels = bitpack.to_float16(array)
+    found = bitpack.level_values(levels)
+    assert np.all(np.abs(found - array) <= array >> 11)
+    assert np.array_equal(bitpack.to_float16(found), levels)
+
+
 def test_a_level_on_the_mean_survives_a_second_encoding() -> None:
     """Rounding the levels moves the tile's mean, here across one of them."""
     layout, rules = TileLayout(((16, 1),)), CodecRules(4096, 2)
@@ -106,10 +126,14 @@ def test_topk_keeps_the_largest_and_of_equal_ones_the_first() -> None:
     assert chosen.values.tolist() == [3, -5, 3, 7, 7, 7]
 
 
-def test_topk_matches_a_plain_sort() -> None:
-    layout = TileLayout(((50, 3), (1, 5), (7, 2)))
-    for seed in range(20):
-        vector = vector_of(layout, seed, "ties" if seed % 2 else "normal")
+@pytest.mark.parametrize("groups", [((50, 3), (1, 5), (7, 2)), ((4096, 9), (4096, 1), (700, 60))])
+@pytest.mark.parametrize("kind", ["zero", "ties", "sparse", "normal"])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_topk_matches_a_plain_sort(groups: tuple[tuple[int, int], ...], kind: str, dtype: type[np.integer]) -> None:
+    """Also where the layout is longer than what is read at a time."""
+    layout = TileLayout(groups)
+    for seed in range(2):
+        vector = vector_of(layout, seed, kind).astype(dtype)
         chosen = codec.select_topk(layout, vector, per_tile=400)
         expected: list[int] = []
         starts = layout.tile_starts().tolist()
@@ -117,6 +141,13 @@ def test_topk_matches_a_plain_sort() -> None:
             ranked = sorted(range(start, start + size), key=lambda i: (-abs(int(vector[i])), i))
             expected += sorted(i for i in ranked[:keep] if vector[i])
         assert chosen.positions.tolist() == expected
+
+
+def test_magnitudes_beyond_int32_are_told_apart_no_more() -> None:
+    vector = np.array([1 << 31, -(1 << 40), (1 << 31) - 1, (1 << 31) - 2])
+    chosen = codec.select_topk(TileLayout(((4, 1),)), vector, per_tile=3072)
+    assert chosen.positions.tolist() == [0, 1, 2]
+    assert chosen.values.tolist() == [limits.LEVEL_MAX, -limits.LEVEL_MAX, limits.LEVEL_MAX]
 
 
 def test_values_beyond_the_range_are_cut_to_the_largest_level() -> None:

@@ -23,6 +23,7 @@ from braniac.protocol.messages import (
     FragmentState,
     Goodbye,
     Heartbeat,
+    Introduction,
     Message,
     Offer,
     Proposal,
@@ -114,6 +115,65 @@ def test_round_trip(name: str) -> None:
 
 def test_a_stored_certificate_comes_back() -> None:
     assert statements.open_certificate(statements.certificate_bytes(certificate()), RUN) == certificate()
+
+
+SLOTS = st.integers(0, (1 << 52) - 1)
+DIGESTS = st.binary(min_size=32, max_size=32)
+NAMES = st.lists(st.builds(CertificateName, SLOTS, DIGESTS), max_size=4).map(tuple)
+ADDRESSES = st.lists(st.text(st.characters(codec="utf-8"), max_size=64), max_size=limits.ADDRESSES_MAX).map(tuple)
+PEERS = st.sampled_from(range(4))
+SEATS = st.lists(PEERS, min_size=1, max_size=3, unique=True)
+ANCHORS = st.lists(st.builds(FragmentState, st.integers(0, 4095), st.integers(-1, 99), DIGESTS), max_size=4).map(tuple)
+HEARTBEATS = st.builds(
+    Heartbeat,
+    slot=st.integers(-1, 1 << 50),
+    tier=st.integers(0, 15),
+    ready_slot=st.integers(-1, 1 << 50),
+    addresses=ADDRESSES,
+    recent=NAMES,
+    anchors=ANCHORS,
+    tokens_per_s=st.floats(0, 1e12, exclude_max=True).map(abs),  # no -0.0, which is equal and reads back as 0.0
+    unreachable_slot=SLOTS,
+)
+COMMITMENTS = st.builds(
+    commitment,
+    PEERS,
+    fragment=st.integers(0, limits.FRAGMENTS_MAX - 1),
+    slot=SLOTS,
+    payload_digest=DIGESTS,
+    payload_bytes=st.integers(1, limits.BLOB_BYTES_MAX),
+    weight=st.integers(1, limits.WEIGHT_MAX),
+)
+
+
+@st.composite
+def verdicts(draw: st.DrawFn) -> tuple[Verdict, list[int]]:
+    """A verdict, and who sits in its committee."""
+    slot, fragment, seats = draw(SLOTS), draw(st.integers(0, limits.FRAGMENTS_MAX - 1)), draw(SEATS)
+    clips = st.integers(0, limits.CLIP_ONE)
+    shares = [Share(commitment(n, slot=slot, fragment=fragment), draw(clips)) for n in draw(SEATS)]
+    size = draw(st.integers(1, limits.BLOB_BYTES_MAX))
+    committee = tuple(PEOPLE[n].peer_id for n in seats)
+    made = verdict(slot=slot, fragment=fragment, committee=committee, shares=shares, update_bytes=size)
+    return made, seats
+
+
+ANY_MESSAGE = st.one_of(
+    HEARTBEATS,
+    st.builds(Offer, COMMITMENTS),
+    verdicts().map(lambda made: Proposal(made[0])),
+    st.builds(Vote, SLOTS, DIGESTS, st.binary(min_size=64, max_size=64)),
+    verdicts().map(lambda made: certificate(made[0], tuple(made[1]))),
+    st.builds(CertificateRequest, NAMES),
+    st.builds(Goodbye, SLOTS),
+    st.builds(Introduction, st.lists(st.tuples(PEERS.map(lambda n: PEOPLE[n].peer_id), ADDRESSES)).map(tuple)),
+)
+
+
+@given(message=ANY_MESSAGE, sequence=st.integers(0, (1 << 64) - 1))
+@settings(max_examples=150)
+def test_any_legal_message_comes_back(message: Message, sequence: int) -> None:
+    assert wire.open_envelope(sealed(message, sequence), RUN) == messages.Opened(ME.peer_id, sequence, message)
 
 
 @given(data=st.binary(max_size=300))
