@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,8 +24,9 @@ from braniac.model.errors import CheckpointError, ConfigError, DataError
 from braniac.model.gpt import GPT
 from braniac.model.hf import load_folder, save_folder
 from braniac.model.hf_weights import WEIGHTS_NAME
+from braniac.model.shards import HEADER_BYTES
 from braniac.model.slicing import CheckpointWarning
-from braniac.model.sources import SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, TextSource
+from braniac.model.sources import TextSource
 from braniac.model.tier_manifest import MANIFEST_NAME, Manifest, locate, read_manifest
 from braniac.model.tiers import parameter_shapes
 from tests.fuzz.files import file_of, folder
@@ -133,8 +135,10 @@ def tier_manifest_seeds() -> Iterable[bytes]:
 def text(data: bytes) -> bool:
     """Training text: the first byte chooses plain text, .jsonl or a token shard."""
     suffix = SUFFIXES[data[0] % len(SUFFIXES)] if data else SUFFIXES[0]
+    cache = folder() / "tokens"
+    shutil.rmtree(cache, ignore_errors=True)  # what it knows of this file's last version may be as new
     try:
-        corpus = TextSource((file_of(f"text{suffix}", data[1:]),)).load(256)
+        corpus = TextSource(cache, (file_of(f"text{suffix}", data[1:]),)).load(256)
     except DataError:
         return False
     held = [*corpus.train, *corpus.held_out]
@@ -147,8 +151,8 @@ SUFFIXES = (".txt", ".jsonl", ".bin")
 
 
 def text_seeds() -> Iterable[bytes]:
-    header = np.zeros(SHARD_HEADER_BYTES // 4, "<i4")
-    header[:3] = (SHARD_MAGIC, SHARD_VERSION, 5)
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    header[:3] = (20240520, 1, 5)
     yield b"\0" + "plain tëxt\n".encode() * 3
     yield b"\1" + b'{"text": "a document"}\n{"text": "another", "id": 3}\n'
     yield b"\2" + header.tobytes() + np.arange(5, dtype="<u2").tobytes()

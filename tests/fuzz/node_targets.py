@@ -19,13 +19,13 @@ from pathlib import Path
 import h11
 from google.protobuf.message import DecodeError
 
-from braniac.model.errors import ModelError
+from braniac.model.errors import DataError, ModelError
 from braniac.node import bridge, costs, identity_file, log_view, logs, run_data, run_file, web
 from braniac.node import control_pb2 as control_messages
 from braniac.node.checkpoint import from_generation, to_content
 from braniac.node.clock import FakeClock
 from braniac.node.commands import json_text, message_dict
-from braniac.node.config import NodeConfig, StateSection
+from braniac.node.config import DataSection, NodeConfig, StateSection
 from braniac.node.control import PAUSE_S_MAX
 from braniac.node.daily_meter import DailyMeter
 from braniac.node.directory import Record, RecordValidator
@@ -215,7 +215,8 @@ def settings(data: bytes) -> bool:
 
 
 def settings_seeds() -> Iterable[bytes]:
-    everything = NodeConfig(state=StateSection(dir=Path("/var/lib/braniac")))
+    places = StateSection(dir=Path("/var/lib/braniac")), DataSection(cache_dir=Path("/var/cache/braniac"))
+    everything = NodeConfig(state=places[0], data=places[1])
     return [render_toml(everything).encode(), b"[train]\nbatch = 4\n"]
 
 
@@ -223,7 +224,7 @@ def spec(data: bytes) -> bool:
     """The description of a run in YAML; whoever founds it gets a manifest that everybody else takes."""
     try:
         manifest, body, signature = manifest_of(read_spec(file_of("run.yaml", data)), FOUNDER, EPOCH_S)
-    except ConfigError:
+    except (ConfigError, DataError):
         return False
     assert open_manifest(body, signature) == manifest
     return True

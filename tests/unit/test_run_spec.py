@@ -83,7 +83,7 @@ def test_everything_that_is_described_is_in_the_manifest() -> None:
 def test_the_optimizer_recipe_is_what_joiners_train_with() -> None:
     recipe = {"learning_rate": 0.005, "adam_learning_rate": 0.002, "warmup_steps": 3, "weight_decay": 0.1}
     made = manifest(optimizer=recipe, seed=4)
-    assert train_settings(TrainSection(batch=2), made) == dataclasses.replace(
+    assert train_settings(TrainSection(batch=2, device="cpu"), made) == dataclasses.replace(
         TrainSettings(), batch=2, seed=4, **recipe
     )
     own = train_settings(TrainSection(learning_rate=0.5), made)
@@ -186,7 +186,7 @@ def test_a_strangers_recipe_is_followed_in_full_or_not_at_all(data: dict[str, An
 
 
 def test_the_recipe_of_a_plain_run_is_the_usual_one() -> None:
-    usual = train_settings(TrainSection(), dataclasses.replace(manifest(), data={"tokenizer": "bytes"}))
+    usual = train_settings(TrainSection(device="cpu"), dataclasses.replace(manifest(), data={"tokenizer": "bytes"}))
     assert usual == TrainSettings()
 
 
