@@ -128,10 +128,7 @@ def select_topk(layout: TileLayout, vector: Int32Array | Int64Array, per_tile: i
 
 
 def _candidates(tiles: Int32Array | Int64Array, keep: int) -> Iterator[tuple[Int64Array, NDArray[np.uint32]]]:
-    """Some tiles at a time: positions, ascending, of what is no smaller than the `keep`-th largest, and that bound.
-
-    There are more than `keep` in a tile if several equal its bound.
-    """
+    """Some tiles at a time: positions of what is no smaller than the `keep`-th largest, maybe more, and that bound."""
     count, size = tiles.shape
     step = min(count, max(1, _BLOCK_VALUES // size))
     # Memory that is used again stays in the cache, and the system need not clear it each time.
