@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+SEEDS  ?= 200
 BIN    := $(VENV)/bin
 NODE   := $(BIN)/braniac-node
 
@@ -9,12 +10,14 @@ NODE   := $(BIN)/braniac-node
 TORCH  := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help join test venv proto swarm clean
+.PHONY: help join test sim venv proto swarm clean
 
 help:
 	@echo 'make join [PEERS=ADDR,ADDR] [TIER=auto|0..3] [DATA="PATH ..."] [PRESET=tiny|small] [STATE=DIR] [ARGS="..."]'
 	@echo '                 install if necessary, then train: without PEERS, found a run or resume the one in STATE'
 	@echo 'make test        install if necessary, then lint, check types and import rules, and run all tests'
+	@echo 'make sim [SEEDS=200]'
+	@echo '                 simulate so many swarms under faults in virtual time; prints how to repeat each that fails'
 	@echo 'make venv        only install, with what the tests need'
 	@echo 'make swarm       train with four nodes on this machine for two minutes, kill two, and report'
 	@echo 'make proto       generate the Python modules of the .proto files again'
@@ -31,6 +34,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 --dist worksteal # a file's daemon then starts in one worker, and neither idles at the end
+
+sim: $(VENV)/.installed-node
+	$(BIN)/python benchmarks/sim.py --seeds $(SEEDS) --jobs $(shell nproc 2>/dev/null || echo 1)
 
 venv: $(VENV)/.installed-dev
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import structlog
@@ -33,6 +33,9 @@ from braniac.protocol.manifest import Manifest
 log = structlog.get_logger(__name__)
 
 _PLAIN = RunSection()
+
+MakeTrainer = Callable[["Equipment", Manifest, int, TrainSettings], Trainer]
+"""Makes the trainer of a tier, as it is before the first step; runs in a worker thread."""
 
 
 @dataclass
@@ -155,25 +158,36 @@ def _check_pinned(config: NodeConfig, manifest: Manifest, given: tuple[Manifest,
         )
 
 
+def trainer_on_texts(node: Equipment, manifest: Manifest, tier: int, settings: TrainSettings) -> Trainer:
+    """A trainer on the texts that this node's owner has chosen. Raises ConfigError, DataError."""
+    config = ModelConfig.from_dict(dict(manifest.model))
+    corpus = TextSource(tuple(node.config.data.paths)).load(config.vocab_size)
+    batches = Batches(corpus, manifest.seed, node.identity.peer_id, config.context, settings.batch)
+    return Trainer(config, tier, batches, settings)
+
+
 @contextlib.asynccontextmanager
-async def equip(node: Equipment, membership: Membership) -> AsyncIterator[tuple[Replica, Engine]]:
+async def equip(
+    node: Equipment,
+    membership: Membership,
+    make_trainer: MakeTrainer = trainer_on_texts,
+    make_thread: type[TrainerThread] = TrainerThread,
+) -> AsyncIterator[tuple[Replica, Engine]]:
     """Model, data, trainer thread and engine, as they were or new; the thread ends with the context.
 
-    Raises ConfigError, DataError, Incompatible, ResourceError, StateError.
+    A simulation brings a trainer and a thread of its own. Raises ConfigError, DataError, Incompatible, ResourceError,
+    StateError.
     """
     saved, manifest = membership.saved, membership.manifest
     model = bridge.model_of(manifest)
     settings = train_settings(node.config.train, manifest)
     tier = _tier(node.config, saved, model[0], settings)
-    source = TextSource(tuple(node.config.data.paths))
-    corpus = await asyncio.to_thread(source.load, model[0].vocab_size)
-    batches = Batches(corpus, manifest.seed, node.identity.peer_id, model[0].context, settings.batch)
-    trainer = await asyncio.to_thread(Trainer, model[0], tier, batches, settings)
+    trainer = await asyncio.to_thread(make_trainer, node, manifest, tier, settings)
     if saved is not None:
         await asyncio.to_thread(checkpoint.resume, trainer, node.store, saved, model[1])
     totals = saved.totals if saved else Totals()
     train = node.config.train
-    thread = TrainerThread(
+    thread = make_thread(
         trainer,
         node.clock,
         threads=train.threads,

@@ -1,0 +1,140 @@
+"""The checkers can fail: a node that breaks one rule of the protocol is found out, each time by the right one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from braniac.node import datapath, store
+from braniac.node.clock import SwarmClock
+from braniac.node.replica import Replica
+from braniac.protocol import codec, ledger
+from braniac.protocol.agreement import Agreement
+from braniac.protocol.engine import Engine
+from braniac.protocol.errors import WireError
+from braniac.protocol.history import History
+from braniac.protocol.rounds import Rounds
+from tests.sim.faults import HOUR_S, Mix
+from tests.sim.world import Plan, simulate
+
+SEEDS = 8
+CALM = Mix()
+CRASHES = Mix(crash=0.15)
+Patch = pytest.MonkeyPatch
+
+
+def merge_in_floats(patch: Patch) -> None:
+    """Sums that depend on their order and on the machine."""
+    merge = datapath.merge
+
+    def careless(manifest: Any, fragment: int, contributions: Any) -> Any:
+        merged = merge(manifest, fragment, contributions)
+        if merged is None:
+            return None
+        layout = manifest.fragments[fragment].layout
+        update = codec.decode(layout, manifest.down, merged.update)
+        rounded = codec.Sparse(update.positions, update.values.astype(np.float16).astype(np.int32))
+        return dataclasses.replace(merged, update=codec.encode(layout, manifest.down, rounded)[0])
+
+    patch.setattr(datapath, "merge", careless)
+
+
+def forget_what_was_sent(patch: Patch) -> None:
+    """The ledger adds the update and does not take the own part of it back."""
+    settle = ledger.settle
+    patch.setattr(ledger, "settle", lambda update, sent, undo=False: settle(update, None, undo=undo))
+
+
+def skip_syncs(patch: Patch) -> None:
+    """Files appear by renaming, and nobody waits until they are on the medium."""
+
+    def write(files: Any, path: Any, data: memoryview) -> None:
+        temporary = path.with_name(path.name + ".tmp")
+        with files.create(temporary) as file:
+            files.write(file, data)
+        files.rename(temporary, path)
+
+    patch.setattr(store, "write_whole", write)
+
+
+def offer_before_saving(patch: Patch) -> None:
+    """No generation holds an offer before it is made."""
+    commit = Replica.commit
+
+    async def late(self: Any, engine: Any, incarnation: int, clock: Any, peers: Any, offer: Any) -> None:
+        if offer is None:
+            await commit(self, engine, incarnation, clock, peers, offer)
+
+    patch.setattr(Replica, "commit", late)
+
+
+def sign_again_after_a_restart(patch: Patch) -> None:
+    """A seat that was restarted forgets that it may have signed already."""
+    init = Rounds.__init__
+
+    def forgetful(self: Any, manifest: Any, identity: Any, tier: int, roster: Any, start: int, *rest: Any) -> None:
+        init(self, manifest, identity, tier, roster, start - 4, *rest)
+
+    patch.setattr(Rounds, "__init__", forgetful)
+
+
+def count_no_refusals(patch: Patch) -> None:
+    receive = Engine.receive
+
+    def careless(self: Any, data: bytes, now: float) -> None:
+        refused = self.refused.copy()
+        try:
+            receive(self, data, now)
+        except WireError:
+            self.refused = refused
+            raise
+
+    patch.setattr(Engine, "receive", careless)
+
+
+def keep_all_history(patch: Patch) -> None:
+    patch.setattr(History, "prune", lambda self, now_slot: None)
+
+
+def download_nothing(patch: Patch) -> None:
+    patch.setattr(Agreement, "review", lambda self, members, now_slot, history: iter(()))
+
+
+def believe_the_own_clock(patch: Patch) -> None:
+    patch.setattr(SwarmClock, "step", lambda self: 0.0)
+    patch.setattr(SwarmClock, "adjust", lambda self: 0.0)
+
+
+MUTATIONS: list[tuple[Callable[[Patch], None], Mix, str]] = [
+    (merge_in_floats, CALM, "I4 no poison"),
+    (forget_what_was_sent, CALM, "I1 ledger"),
+    (skip_syncs, CRASHES, "I1 ledger"),
+    (offer_before_saving, CRASHES, "I1 ledger"),
+    (sign_again_after_a_restart, CRASHES, "I3 monotone"),
+    (keep_all_history, CALM, "I5 bounded"),
+    (download_nothing, CALM, "liveness"),
+    (believe_the_own_clock, Mix(clock_offset_s=HOUR_S), "liveness"),
+    (count_no_refusals, Mix(duplication=0.5), "I7 honest refusals"),
+]
+
+
+def complaints(mix: Mix) -> Iterator[str]:
+    """What the checkers say, seed after seed."""
+    for seed in range(SEEDS):
+        outcome = simulate(Plan(seed, tiers=(0, 0, 0), mix=mix, safety_slots=30))
+        yield from (violation.invariant for violation in outcome.violations)
+        if outcome.stuck:
+            yield "liveness"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("mutate", "mix", "invariant"), MUTATIONS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_rule_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, mutate: Callable[[Patch], None], mix: Mix, invariant: str
+) -> None:
+    mutate(monkeypatch)
+    assert invariant in complaints(mix), f"in {SEEDS} seeds nobody noticed"
