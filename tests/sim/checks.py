@@ -191,12 +191,14 @@ class Checks:
     def settled_since(self, slot: int) -> list[int]:
         """Slots after that one which got a certificate."""
         return [
-            s for s, reports in self.settled.items() if s > slot and any(report.certificate for report in reports.values())
+            s
+            for s, reports in self.settled.items()
+            if s > slot and any(report.certificate for report in reports.values())
         ]
 
     def incomplete(self, machines: Sequence[Machine], first: int, last: int) -> str:
         """Which of these slots lacks a certificate with the work of all of them in it; empty if none does."""
-        for slot in range(max(0, first), last + 1):
+        for slot in range(first, last + 1):
             fragment = self._world.manifest.fragment_of(slot)
             holders = {m.identity.peer_id for m in machines if self._world.manifest.holds(m.tier, fragment)}
             for machine in machines:
@@ -244,4 +246,3 @@ def _before(engine: Any, method: str, look: Callable[..., None], life: Life) -> 
         return told(*args, **kwargs)
 
     setattr(engine, method, tell)
-

@@ -70,7 +70,9 @@ class SimNetwork(MemoryNetwork):
         """See MemoryNetwork."""
         await asyncio.sleep(timeout_s)
 
-    def post(self, source: PeerId, target: PeerId, data: bytes, context: Context, arrive: Callable[[bytes], None]) -> None:
+    def post(
+        self, source: PeerId, target: PeerId, data: bytes, context: Context, arrive: Callable[[bytes], None]
+    ) -> None:
         """Send one message; `arrive` is called in the receiver's context, once, twice or never."""
         copies = 1 + (self._dice.random() < self.weather.duplication)
         self._fired["duplication"] += copies - 1
@@ -78,9 +80,7 @@ class SimNetwork(MemoryNetwork):
             if (delay_s := self._fate(source, target)) is not None:
                 number = self._sent[source, target] = self._sent[source, target] + 1
                 spoilt = self._spoilt(data)
-                self._loop.call_later(
-                    delay_s, self._land, source, target, number, spoilt, arrive, context=context
-                )
+                self._loop.call_later(delay_s, self._land, source, target, number, spoilt, arrive, context=context)
 
     def _land(self, source: PeerId, target: PeerId, number: int, data: bytes, arrive: Callable[[bytes], None]) -> None:
         self.messages += 1
@@ -122,6 +122,7 @@ class SimTransport(MemoryTransport):
         super().__init__(network, peer, address, bounds)
         self._net = network
         self._context = context
+        self.serving: set[asyncio.Task[None]] = set()
 
     async def _exchange(self, peer: PeerId, request: bytes, protocol: str) -> bytes | None:
         """The reply; waits for ever if there is none, because the caller has a deadline."""
@@ -148,7 +149,9 @@ class SimTransport(MemoryTransport):
 
         def arrived(data: bytes) -> None:
             if not target.closed:
-                loop.create_task(serve(data), context=target._context)
+                task = loop.create_task(serve(data), context=target._context)
+                target.serving.add(task)
+                task.add_done_callback(target.serving.discard)
 
         self._net.post(self.peer_id, peer, request, target._context, arrived)
         return await reply

@@ -196,15 +196,13 @@ class Life:
     # --- what the process does ---------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        machine, world = self.machine, self.world
+        machine = self.machine
         store = Store.open(machine.root, keep=2, files=self.disk)
         try:
             metrics = Metrics("simulated", 1)
             config = self._config()
             key = machine.root / "identity.key"
-            network = Network(
-                config.network, key, machine.identity, self.clock, start_transport=self._start_transport
-            )
+            network = Network(config.network, key, machine.identity, self.clock, start_transport=self._start_transport)
             swarm_clock = SwarmClock(self.clock)
             exchange = Exchange(store, metrics, self.clock, swarm_clock, CALL_TIMEOUT_S)
             self.equipment = Equipment(

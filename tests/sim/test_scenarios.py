@@ -1,4 +1,4 @@
-"""Certificates without forks: what happens when an owner fails, views split, peers stay away, or almost nobody is there.
+"""Certificates without forks: when an owner fails, views split, peers stay away, or almost nobody is there.
 
 Each story is told to whole nodes in virtual time; afterwards everything is healed, the swarm must work as a whole, and
 all checkers watch all the time. What becomes of work is said, and tested, in each.
@@ -12,6 +12,7 @@ import pytest
 
 from braniac.protocol import limits
 from braniac.protocol.round import Phase, SlotRound
+from tests.sim.faults import HOUR_S
 from tests.sim.node import Life, Machine
 from tests.sim.training import FRAGMENT_TABLE, FRAGMENTS
 from tests.sim.world import Outcome, Plan, World, simulate
@@ -59,11 +60,11 @@ def merged(world: World, machine: Machine, first: int) -> int:
 
 async def next_owned(world: World) -> tuple[int, Machine]:
     """A slot that has just begun, and its owner: not the founder, so that any peer is as good as another."""
-    while True:
-        slot = world.slot + 1
-        await world.until(lambda: world.slot >= slot, 2, 0.01)
-        if (owner := world.owner_of(slot)) is not world.machines[0]:
-            return slot, owner
+    slot = world.slot + 1
+    while world.owner_of(slot) is world.machines[0]:
+        slot += 1
+    await world.until(lambda: world.slot >= slot, 20, 0.01)
+    return slot, world.owner_of(slot)
 
 
 OWNER_FAILS: dict[str, Callable[[SlotRound], bool]] = {
@@ -224,6 +225,31 @@ def test_a_peer_that_was_away(slots: int, size: int, how: str) -> None:
         assert merged(world, machine, back) > 0
 
     tell(story, *[0] * size)
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_start_speaks_with_the_voice_of_an_earlier_one(known: bool) -> None:
+    """Not even if the wall clock was set back, and the earlier one ended before it had saved anything."""
+
+    async def story(world: World) -> None:
+        machine = world.machines[-1]
+        await world.begin(*range(len(world.machines) - 1 + known))
+        if known:
+            life_of(machine).kill("kill")
+        for _ in range(2):
+            machine.start()
+            await world.until(lambda: machine.life is not None and machine.life.daemon is not None, 8, 0.01)
+            await world.slots(0.1)
+            life_of(machine).kill("kill")
+            machine.jump_wall(-HOUR_S)
+            await world.slots(0.1)
+        machine.start()
+        await world.slots(limits.ROSTER_LIVE_SLOTS + WINDOW)
+
+    tell(story, 0, 0, 0)
 
 
 # --- almost nobody ---------------------------------------------------------------------------------------------------
