@@ -122,6 +122,10 @@ class Ledger:
         if state is not None and fragment in self.accounts:
             self._moments[fragment, _hash(weights), state.digest] = self.accounts[fragment].copy()
 
+    def loaded(self, fragment: int) -> None:
+        """See Watcher: own work on the fragment is given up."""
+        self.accounts[fragment] = self._new_account(fragment)
+
     def offered(self, slot: int, digest: bytes) -> None:
         """A payload is announced: it must be the only one of this peer for the slot, in all its lives (I3)."""
         account = self.accounts.get(self._world.manifest.fragment_of(slot))
@@ -157,7 +161,7 @@ class Ledger:
         applied = self._anchors.applied(f, state.digest)
         if applied is None:
             return self._world.violated("I4 no poison", self._name, f"fragment {f} set to bytes that nobody made")
-        self._applied[f], self.accounts[f] = applied, self._new_account(f)
+        self._applied[f] = applied
         self._compare(f, "after its download")
         assert self._life.trainer is not None
         self.seen(f, self._life.trainer.peek(FRAGMENT_TABLE[f]))

@@ -235,6 +235,10 @@ class _Watcher:
         if not self._life.dead:
             self._ledger.seen(fragment, weights)
 
+    def loaded(self, fragment: int) -> None:
+        if not self._life.dead:
+            self._ledger.loaded(fragment)
+
 
 def _before(engine: Any, method: str, look: Callable[..., None], life: Life) -> None:
     """Let a checker look at what the engine is told, just before it hears it."""

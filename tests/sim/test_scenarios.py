@@ -154,7 +154,7 @@ def test_an_owner_that_dies_while_it_serves_the_update(away_slots: int) -> None:
 
 def halves(world: World) -> tuple[list[Machine], list[Machine]]:
     """The founder's side is the smaller one."""
-    middle = (len(world.machines) - 1) // 2
+    middle = max(1, (len(world.machines) - 1) // 2)
     return world.machines[:middle], world.machines[middle:]
 
 

@@ -58,6 +58,9 @@ class Watcher(Protocol):
     def seen(self, fragment: int, weights: Tensor) -> None:
         """The node has read these weights, maybe to save them."""
 
+    def loaded(self, fragment: int) -> None:
+        """The weights were set to an anchor."""
+
 
 class Walker(Trainer):
     """One peer's weights on their random walk."""
@@ -93,6 +96,12 @@ class Walker(Trainer):
     def peek(self, fragment: Fragment) -> Tensor:
         """The fragment's weights for a checker, which must not count as read by the node."""
         return super().read(fragment)
+
+    def load_fragment(self, fragment: Fragment, values: Tensor) -> None:
+        """See Trainer."""
+        super().load_fragment(fragment, values)
+        if self.watcher is not None:
+            self.watcher.loaded(fragment.index)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """See Trainer."""
