@@ -23,7 +23,7 @@ from braniac.node.founding import choose_tier, found_run, free_memory_bytes, mem
 from braniac.node.metrics import Metrics
 from braniac.node.network import Network
 from braniac.node.replica import Replica
-from braniac.node.store import Store
+from braniac.node.store import DiskFull, Store
 from braniac.node.trainer_thread import TrainerThread
 from braniac.protocol.engine import Engine
 from braniac.protocol.history import History
@@ -62,7 +62,7 @@ class Membership:
     signed: tuple[bytes, bytes]
     saved: Saved | None
     incarnation: int
-    """Grows with every start, so that no sequence number is used twice."""
+    """Grows with every start, however short, so that no sequence number is used twice."""
     founded: bool = False
     """Whether this node has just begun the run, and nobody else has anything of it."""
 
@@ -74,7 +74,6 @@ async def join_run(node: Equipment) -> Membership:
     """
     _check_data(node.config)
     given = _given_run(node.config)
-    incarnation = int(node.clock.wall())
     generation = await asyncio.to_thread(node.store.recover)
     for number, reason in node.store.skipped:
         log.warning("passed over a damaged generation", generation=number, reason=reason)
@@ -83,14 +82,14 @@ async def join_run(node: Equipment) -> Membership:
         _check_pinned(node.config, saved.manifest, given)
         await _resume_time(node, saved)
         log.info("resuming", generation=generation.number, step=saved.step, tier=saved.tier)
-        return Membership(saved.manifest, saved.signed_manifest, saved, max(incarnation, saved.incarnation + 1))
+        return Membership(saved.manifest, saved.signed_manifest, saved, await _incarnation(node, saved))
     if node.config.network.peers:
         node.metrics.set_state("joining")
         manifest, signed = await joiner.find_run(node.network, node.exchange)
         _check_pinned(node.config, manifest, given)
         await _agree(node, manifest)
         node.swarm_clock.step()
-        return Membership(manifest, signed, None, incarnation)
+        return Membership(manifest, signed, None, await _incarnation(node, None))
     if given is not None:
         manifest, signed = given
         if manifest.founder != node.identity.peer_id:
@@ -103,7 +102,20 @@ async def join_run(node: Equipment) -> Membership:
         signed = (body, signature)
     _check_pinned(node.config, manifest, None)
     log.info("founded a run", name=manifest.name, slot_s=manifest.slot_s)
-    return Membership(manifest, signed, None, incarnation, founded=True)
+    return Membership(manifest, signed, None, await _incarnation(node, None), founded=True)
+
+
+async def _incarnation(node: Equipment, saved: Saved | None) -> int:
+    """The number of this start, for sequence numbers: peers drop what repeats one as replayed.
+
+    The wall clock may have been set back, and the last start may have ended before it saved a generation.
+    """
+    least = max(int(node.clock.wall()), saved.incarnation + 1 if saved else 0)
+    try:
+        return await asyncio.to_thread(node.store.count_start, least)
+    except DiskFull as error:  # only if this start and the next both save nothing can a number repeat
+        log.warning("could not count this start", reason=str(error))
+        return least
 
 
 def _given_run(config: NodeConfig) -> tuple[Manifest, tuple[bytes, bytes]] | None:

@@ -121,6 +121,8 @@ class Adversary:
         self._back_s.clear()
         for machine in self._world.machines:
             machine.set_full(False)
+            if machine.life is not None:
+                machine.life.disk.arm(0, "kill")  # never
             self._bring_back(machine)
 
     def _end(self, now_s: float) -> None:

@@ -17,18 +17,18 @@ from braniac.protocol.agreement import Agreement
 from braniac.protocol.engine import Engine
 from braniac.protocol.errors import WireError
 from braniac.protocol.history import History
-from braniac.protocol.rounds import Rounds
+from braniac.protocol.round import Phase, SlotRound
 from tests.sim.faults import HOUR_S, Mix
 from tests.sim.world import Plan, simulate
 
-SEEDS = 8
+SEEDS = 16
 CALM = Mix()
-CRASHES = Mix(crash=0.15)
+CRASHES = Mix(crash=0.3)
 Patch = pytest.MonkeyPatch
 
 
 def merge_in_floats(patch: Patch) -> None:
-    """Sums that depend on their order and on the machine."""
+    """An owner whose sums come out a little smaller than anybody else's."""
     merge = datapath.merge
 
     def careless(manifest: Any, fragment: int, contributions: Any) -> Any:
@@ -37,7 +37,8 @@ def merge_in_floats(patch: Patch) -> None:
             return None
         layout = manifest.fragments[fragment].layout
         update = codec.decode(layout, manifest.down, merged.update)
-        rounded = codec.Sparse(update.positions, update.values.astype(np.float16).astype(np.int32))
+        smaller = (update.values.astype(np.float32) * np.float32(0.99)).astype(np.int32)
+        rounded = codec.Sparse(update.positions, smaller)
         return dataclasses.replace(merged, update=codec.encode(layout, manifest.down, rounded)[0])
 
     patch.setattr(datapath, "merge", careless)
@@ -72,14 +73,26 @@ def offer_before_saving(patch: Patch) -> None:
     patch.setattr(Replica, "commit", late)
 
 
-def sign_again_after_a_restart(patch: Patch) -> None:
-    """A seat that was restarted forgets that it may have signed already."""
-    init = Rounds.__init__
+def sign_whatever_is_proposed(patch: Patch) -> None:
+    """An owner proposes again with every payload that arrives, and seats forget what they have signed."""
+    sign, may_close = SlotRound.sign, SlotRound.may_close
 
-    def forgetful(self: Any, manifest: Any, identity: Any, tier: int, roster: Any, start: int, *rest: Any) -> None:
-        init(self, manifest, identity, tier, roster, start - 4, *rest)
+    def forgetful(self: Any, identity: Any, verdict: Any) -> Any:
+        self.voted = None
+        return sign(self, identity, verdict)
 
-    patch.setattr(Rounds, "__init__", forgetful)
+    def eager(self: Any, expected: Any, *, overdue: bool) -> bool:
+        if self.phase is Phase.PROPOSED and len(self.arrived()) > len(self.verdict.shares):
+            self.phase = Phase.COLLECTING
+        return may_close(self, (), overdue=True)
+
+    patch.setattr(SlotRound, "sign", forgetful)
+    patch.setattr(SlotRound, "may_close", eager)
+
+
+def count_no_starts(patch: Patch) -> None:
+    """A start that saves nothing leaves no trace, and the wall clock may be set back."""
+    patch.setattr(store.Store, "count_start", lambda self, least: least)
 
 
 def count_no_refusals(patch: Patch) -> None:
@@ -112,13 +125,14 @@ def believe_the_own_clock(patch: Patch) -> None:
 MUTATIONS: list[tuple[Callable[[Patch], None], Mix, str]] = [
     (merge_in_floats, CALM, "I4 no poison"),
     (forget_what_was_sent, CALM, "I1 ledger"),
-    (skip_syncs, CRASHES, "I1 ledger"),
+    (skip_syncs, CRASHES, "a node ended"),
     (offer_before_saving, CRASHES, "I1 ledger"),
-    (sign_again_after_a_restart, CRASHES, "I3 monotone"),
+    (sign_whatever_is_proposed, CALM, "I3 monotone"),
     (keep_all_history, CALM, "I5 bounded"),
     (download_nothing, CALM, "liveness"),
     (believe_the_own_clock, Mix(clock_offset_s=HOUR_S), "liveness"),
     (count_no_refusals, Mix(duplication=0.5), "I7 honest refusals"),
+    (count_no_starts, Mix(crash=1.5, clock_jump=1.0), "I3 monotone"),
 ]
 
 
