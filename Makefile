@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 SECONDS ?= 60
 KILLS   ?= 1000
+SEEDS  ?= 200
 BIN    := $(VENV)/bin
 NODE   := $(BIN)/braniac-node
 
@@ -11,15 +12,17 @@ NODE   := $(BIN)/braniac-node
 TORCH  := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help join test test-containers venv proto dashboards swarm up down fuzz durability nightly clean
+.PHONY: help join test test-containers sim venv proto dashboards swarm up down fuzz durability nightly clean
 
 # What takes hours and is not part of `make test`. Each is a target of its own, so that it can be run alone.
-NIGHTLY := fuzz durability
+NIGHTLY := sim fuzz durability
 
 help:
 	@echo 'make join [PEERS=ADDR,ADDR] [TIER=auto|0..3] [DATA="PATH ..."] [PRESET=tiny|small] [STATE=DIR] [ARGS="..."]'
 	@echo '                 install if necessary, then train: without PEERS, found a run or resume the one in STATE'
 	@echo 'make test        install if necessary, then lint, check types and import rules, and run all tests'
+	@echo 'make sim [SEEDS=200]'
+	@echo '                 simulate so many swarms under faults in virtual time; prints how to repeat each that fails'
 	@echo 'make venv        only install, with what the tests need'
 	@echo 'make swarm       train with four nodes on this machine for two minutes, kill two, and report'
 	@echo 'make up          a swarm in containers, see deploy/README.md; with OBSERVE=1 Prometheus and Grafana too'
@@ -46,6 +49,9 @@ test: $(VENV)/.installed-dev
 
 test-containers: $(VENV)/.installed-dev
 	PYTHON="$(abspath $(BIN)/python)" scripts/test_containers.sh
+
+sim: $(VENV)/.installed-node
+	$(BIN)/python benchmarks/sim.py --seeds $(SEEDS) --jobs $(shell nproc 2>/dev/null || echo 1)
 
 venv: $(VENV)/.installed-dev
 

@@ -198,7 +198,7 @@ class Network:
     async def keep_knocking(self, addresses: Iterable[str], on_peer: Callable[[PeerId], None]) -> None:
         """Connect to every address, for ever; `on_peer` hears of each that answered."""
         async with asyncio.TaskGroup() as group:
-            for address in set(addresses):
+            for address in dict.fromkeys(addresses):
                 group.create_task(self._knock(address, on_peer))
 
     async def _knock(self, address: str, on_peer: Callable[[PeerId], None]) -> None:

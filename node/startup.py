@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
@@ -25,7 +25,7 @@ from braniac.node.memory import choose_tier, free_memory_bytes, memory_left_byte
 from braniac.node.metrics import Metrics
 from braniac.node.network import Network
 from braniac.node.replica import Replica
-from braniac.node.store import Store
+from braniac.node.store import DiskFull, Store
 from braniac.node.text import given_tokenizer, keep_tokenizer, run_tokenizer, text_source
 from braniac.node.trainer_thread import TrainerThread
 from braniac.protocol.engine import Engine
@@ -36,6 +36,9 @@ from braniac.protocol.manifest import Manifest
 log = structlog.get_logger(__name__)
 
 _PLAIN = RunSection()
+
+MakeTrainer = Callable[["Equipment", Manifest, int, TrainSettings], Awaitable[Trainer]]
+"""Makes the trainer of a tier, as it is before the first step."""
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Membership:
     signed: tuple[bytes, bytes]
     saved: Saved | None
     incarnation: int
-    """Grows with every start, so that no sequence number is used twice."""
+    """Grows with every start, however short, so that no sequence number is used twice."""
     founded: bool = False
     """Whether this node has just begun the run, and nobody else has anything of it."""
 
@@ -74,7 +77,6 @@ async def join_run(node: Equipment) -> Membership:
     """
     _check_data(node.config)
     given = _given_run(node.config)
-    incarnation = int(node.clock.wall())
     generation = await asyncio.to_thread(node.store.recover)
     for number, reason in node.store.skipped:
         log.warning("passed over a damaged generation", generation=number, reason=reason)
@@ -83,14 +85,14 @@ async def join_run(node: Equipment) -> Membership:
         _check_pinned(node.config, saved.manifest, given)
         await _resume_time(node, saved)
         log.info("resuming", generation=generation.number, step=saved.step, tier=saved.tier)
-        return Membership(saved.manifest, saved.signed_manifest, saved, max(incarnation, saved.incarnation + 1))
+        return Membership(saved.manifest, saved.signed_manifest, saved, await _incarnation(node, saved))
     if node.config.network.peers:
         node.metrics.set_state("joining")
         manifest, signed = await joiner.find_run(node.network, node.exchange)
         _check_pinned(node.config, manifest, given)
         await _agree(node, manifest)
         node.swarm_clock.step()
-        return Membership(manifest, signed, None, incarnation)
+        return Membership(manifest, signed, None, await _incarnation(node, None))
     if given is not None:
         manifest, signed = given
         if manifest.founder != node.identity.peer_id:
@@ -104,7 +106,20 @@ async def join_run(node: Equipment) -> Membership:
         signed = (body, signature)
     _check_pinned(node.config, manifest, None)
     log.info("founded a run", name=manifest.name, slot_s=manifest.slot_s)
-    return Membership(manifest, signed, None, incarnation, founded=True)
+    return Membership(manifest, signed, None, await _incarnation(node, None), founded=True)
+
+
+async def _incarnation(node: Equipment, saved: Saved | None) -> int:
+    """The number of this start, for sequence numbers: peers drop what repeats one as replayed.
+
+    The wall clock may have been set back, and the last start may have ended before it saved a generation.
+    """
+    least = max(int(node.clock.wall()), saved.incarnation + 1 if saved else 0)
+    try:
+        return await asyncio.to_thread(node.store.count_start, least)
+    except DiskFull as error:  # only if this start and the next both save nothing can a number repeat
+        log.warning("could not count this start", reason=str(error))
+        return least
 
 
 def _given_run(config: NodeConfig) -> tuple[Manifest, tuple[bytes, bytes]] | None:
@@ -154,24 +169,36 @@ def _check_pinned(config: NodeConfig, manifest: Manifest, given: tuple[Manifest,
     joiner.check_run_id(config.network, manifest)
 
 
+async def trainer_on_texts(node: Equipment, manifest: Manifest, tier: int, settings: TrainSettings) -> Trainer:
+    """A trainer on the texts that this node's owner has chosen. Raises ConfigError, DataError."""
+    config = ModelConfig.from_dict(dict(manifest.model))
+    corpus = await _read_text(node.config, manifest, config)
+    batches = Batches(corpus, manifest.seed, node.identity.peer_id, config.context, settings.batch)
+    return await asyncio.to_thread(Trainer, config, tier, batches, settings)
+
+
 @contextlib.asynccontextmanager
-async def equip(node: Equipment, membership: Membership) -> AsyncIterator[tuple[Replica, Engine]]:
+async def equip(
+    node: Equipment,
+    membership: Membership,
+    make_trainer: MakeTrainer = trainer_on_texts,
+    make_thread: type[TrainerThread] = TrainerThread,
+) -> AsyncIterator[tuple[Replica, Engine]]:
     """Model, data, trainer thread and engine, as they were or new; the thread ends with the context.
 
-    Raises ConfigError, DataError, Incompatible, ResourceError, StateError.
+    A simulation brings a trainer and a thread of its own. Raises ConfigError, DataError, Incompatible, ResourceError,
+    StateError.
     """
     saved, manifest = membership.saved, membership.manifest
     model = bridge.model_of(manifest)
     settings = train_settings(node.config.train, manifest)
     tier = _tier(node.config, saved, model[0], settings)
-    corpus = await _read_text(node.config, manifest, model[0])
-    batches = Batches(corpus, manifest.seed, node.identity.peer_id, model[0].context, settings.batch)
-    trainer = await asyncio.to_thread(Trainer, model[0], tier, batches, settings)
+    trainer = await make_trainer(node, manifest, tier, settings)
     if saved is not None:
         await asyncio.to_thread(checkpoint.resume, trainer, node.store, saved, model[1])
     totals = saved.totals if saved else Totals()
     train = node.config.train
-    thread = TrainerThread(
+    thread = make_thread(
         trainer,
         node.clock,
         threads=train.threads,

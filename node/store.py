@@ -3,6 +3,7 @@
     <root>/lock                              held by the running daemon
     <root>/blobs/<2 hex>/<64 hex>            anchors, weights, optimizer state, pending payloads
     <root>/generations/<12 digits>.json      the manifests, see generation.py
+    <root>/starts                            the number of the last start, see `count_start`
 
 Blobs are durable before the manifest that names them is written, and one rename makes the manifest appear, so at every
 instant the newest readable manifest is a whole generation: a crash leaves the old one or the new one, never a mix.
@@ -30,6 +31,7 @@ from braniac.node.lock import DirectoryLock
 
 _DIGEST_BYTES = 32
 _MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
+_STARTS_MAX = (1 << 32) - 1
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
@@ -101,6 +103,21 @@ class Store:
         """Let another process have the directory. Harmless when repeated."""
         if self._lock is not None:
             self._lock.release()
+
+    def count_start(self, least: int) -> int:
+        """The number of this start: above those of all earlier ones here, and at least `least`.
+
+        It is durable when this returns, however soon the process ends. Raises DiskFull.
+        """
+        path = self.root / "starts"
+        try:
+            before = int(path.read_text("ascii"))
+        except (OSError, ValueError):  # none yet, or damaged: then `least` has to do
+            before = 0
+        number = max(least, before + 1 if before < _STARTS_MAX else 0)
+        with self._writing, self._disk_errors():
+            write_whole(self._files, path, memoryview(b"%d" % number))
+        return number
 
     def put(self, data: bytes | memoryview) -> bytes:
         """Store `data` durably and return its SHA-256 (32 bytes); free if it is here already. Raises DiskFull."""

@@ -4,7 +4,8 @@ Peers compare the hash of an anchor whenever they say they merged the same last 
 order, so a mismatch means nothing while one of two peers lists a certificate of the fragment that the other does not,
 or has one still to apply: certificates go round, and lists are compared over the last three windows. Mismatches without
 such a reason, two in a row at different slots, do not heal by certificates: then the majority is right (of equal camps
-the one with the lower hash), and the minority downloads. A joiner is in the same position with every fragment.
+the one with the lower hash), and the minority downloads. Whoever has not reported that slot yet may still be on our
+side: else the first to report would be the majority. A joiner is in the same position with every fragment.
 """
 
 from __future__ import annotations
@@ -97,8 +98,10 @@ class Agreement:
         if _rivals(mine, claims):  # seldom: only then is it worth going through the lists
             if history.applying(fragment):
                 return None
+            silent = sum(state.slot != mine.slot for m in voices if (state := m.anchors.get(fragment)) is not None)
             claims = self._claims(fragment, self._alike(mine, voices, now_slot, history), now_slot)
-        return self._judge(mine, claims)
+            return self._judge(mine, claims, silent)
+        return self._judge(mine, claims, 0)
 
     def _agreed(self, claims: dict[FragmentState, int], now_slot: int) -> FragmentState | None:
         """The state to believe: two peers must agree, unless a slot has passed and there is still only one to ask."""
@@ -117,8 +120,8 @@ class Agreement:
         ours = listed(history.recent(now_slot))
         return (member for member in voices if listed(member.recent) == ours)
 
-    def _judge(self, mine: FragmentState, claims: dict[FragmentState, int]) -> FragmentState | None:
-        """Compare with those who merged the same last slot."""
+    def _judge(self, mine: FragmentState, claims: dict[FragmentState, int], silent: int) -> FragmentState | None:
+        """Compare with those who merged the same last slot; `silent` others hold the fragment as of another one."""
         rivals = _rivals(mine, claims)
         if not rivals:
             if mine in claims:
@@ -129,7 +132,7 @@ class Agreement:
             self.disagreements += 1
             strikes.add(mine.slot)
         best = min(rivals, key=lambda s: (-rivals[s], s.digest))
-        theirs, ours = rivals[best], claims.get(mine, 0) + 1
+        theirs, ours = rivals[best], claims.get(mine, 0) + 1 + silent
         outvoted = theirs > ours or (theirs == ours and best.digest < mine.digest)
         return best if outvoted and len(strikes) >= _STRIKES else None
 

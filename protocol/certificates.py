@@ -33,11 +33,11 @@ class Certificates:
         outbox: Outbox,
         emit: Callable[[events.Event], None],
     ) -> None:
-        """Slots up to `start_slot` are not reported: they belong to an earlier life of this peer."""
+        """Slots up to `start_slot` are not reported: they belong to an earlier life of this peer, or to no run yet."""
         self._manifest = manifest
         self._me = me
         self._tier = tier
-        self._start_slot = start_slot
+        self._start_slot = max(-1, start_slot)
         self._history = history
         self._roster = roster
         self._rounds = rounds

@@ -112,6 +112,20 @@ def test_two_mismatches_at_different_slots_and_the_minority_downloads() -> None:
     assert case.agreement.mine == {}
 
 
+def test_the_first_to_report_a_slot_are_not_the_majority() -> None:
+    """Two camps met: the smaller one's word of the new slot came first, and nobody may give up the larger one's."""
+    case = Case(state(9, HIGH))
+    minority = [member(1, state(9)), member(2, state(9))]
+    case.review(10, [*minority, member(3, state(9, HIGH)), member(4, state(9, HIGH))])
+    case.agreement.set_mine(state(12, HIGH))
+    minority = [member(1, state(12)), member(2, state(12))]
+    assert case.review(12, [*minority, member(3, state(9, HIGH)), member(4, state(9, HIGH))]) == []
+    assert case.review(12, [*minority, member(3, state(12, HIGH)), member(4, state(9, HIGH))]) == []
+    assert case.review(13, [*minority, member(3, state(12, HIGH)), member(4, state(12, HIGH))]) == []
+    [lost] = case.review(13, [*minority, member(3, state(12)), member(4, state(12, HIGH))])
+    assert lost.state == state(12)
+
+
 def test_agreement_in_between_clears_the_suspicion() -> None:
     case = Case(state(9, HIGH))
     case.review(10, [member(1, state(9)), member(2, state(9))])

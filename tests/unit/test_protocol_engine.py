@@ -89,6 +89,7 @@ def test_before_the_epoch_nothing_is_due_and_then_it_begins() -> None:
     swarm.peers[1].join()
     swarm.run_until(swarm.manifest.slot_start(0) - 0.001)
     assert not any(peer.offered for peer in swarm.peers)
+    assert not any(peer.settled for peer in swarm.peers)
     assert not swarm.refusals
     swarm.run(8)
     assert all(peer.engine.ready for peer in swarm.peers)

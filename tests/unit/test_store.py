@@ -20,6 +20,7 @@ from braniac.node.errors import AlreadyRunning, ConfigError, StateError
 from braniac.node.files import Files
 from braniac.node.generation import JSON, Generation, decode_manifest, encode_manifest
 from braniac.node.store import BlobDamaged, BlobMissing, DiskFull, Store
+from tests.sim.disk import CrashingFiles, PowerCut
 
 
 @contextlib.contextmanager
@@ -157,6 +158,31 @@ def test_any_manifest_comes_back(number: int, content: dict[str, JSON], refs: li
 def test_a_manifest_nested_too_deeply_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         decode_manifest(1, data)
+
+
+# Starts
+
+
+def test_the_number_of_a_start_only_grows(tmp_path: Path) -> None:
+    """Whatever the clock says that gives the least, and though nothing else was ever saved."""
+    for least, number in ((100, 100), (90, 101), (90, 102), (200, 200)):
+        with opened(tmp_path) as store:
+            assert store.count_start(least) == number
+    for damage in (b"", b"many", b"\xff", b"9" * 30):
+        (tmp_path / "starts").write_bytes(damage)
+        with opened(tmp_path) as store:
+            assert store.count_start(300) == 300
+
+
+@pytest.mark.parametrize("mode", ["kill", "power", "reorder"])
+def test_the_number_of_a_start_survives_a_crash(tmp_path: Path, mode: str) -> None:
+    files = CrashingFiles(0, mode)
+    with opened(tmp_path, files=files) as store:
+        counted = store.count_start(5)
+    with contextlib.suppress(PowerCut):
+        files.crash()
+    with opened(tmp_path) as store:
+        assert store.count_start(5) == counted + 1
 
 
 # Blobs
