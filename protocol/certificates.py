@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from braniac.protocol import events, limits
+from braniac.protocol.agreement import Agreement
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
@@ -28,6 +29,7 @@ class Certificates:
         tier: int,
         start_slot: int,
         history: History,
+        agreement: Agreement,
         roster: Roster,
         rounds: Rounds,
         outbox: Outbox,
@@ -39,6 +41,7 @@ class Certificates:
         self._tier = tier
         self._start_slot = max(-1, start_slot)
         self._history = history
+        self._agreement = agreement
         self._roster = roster
         self._rounds = rounds
         self._outbox = outbox
@@ -90,6 +93,8 @@ class Certificates:
             self._history.count(certificate, now_slot)
             self.settle(verdict.slot, certificate)
             return
+        if self._agreement.outdated(verdict.fragment, now_slot):
+            return  # it is asked for again, unless a download has brought it by then
         news, loser = self._history.accept(certificate, now_slot)
         if not news:
             return
