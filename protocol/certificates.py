@@ -5,6 +5,7 @@ What stands and what is undone is decided by history.py; who may sign by rounds.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from braniac.protocol import events, limits
@@ -82,9 +83,10 @@ class Certificates:
             raise WireError(Refusal.NOT_COMMITTEE, "a certificate signed by peers that could not decide that slot")
 
     def publish(self, certificate: Certificate, now_slot: int) -> None:
-        """A slot of this peer's own has its signatures: tell everybody."""
-        self._outbox.broadcast(certificate, now_slot)
-        self.take(certificate, now_slot)
+        """A slot of this peer's own has its signatures: tell everybody, unless a better certificate came first."""
+        with contextlib.suppress(WireError):
+            self.take(certificate, now_slot)
+            self._outbox.broadcast(certificate, now_slot)
 
     def take(self, certificate: Certificate, now_slot: int) -> None:
         """A certificate that may stand: undo what it replaces, fetch its update. Raises WireError if it may not."""
