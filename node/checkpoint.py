@@ -121,7 +121,7 @@ def resume(trainer: Trainer, store: Store, saved: Saved, fragments: Sequence[Fra
                 f"{store.root} holds weights in float32: set train.precision=fp32, or use another --state-dir"
             )
         trainer.load_state(load_tensors(store, saved.weights, saved.optimizer), {"step": saved.step})
-    elif saved.step:
+    else:  # also before the first step: what was downloaded is not what a trainer begins with
         for fragment, weights in load_parts(store, saved, fragments):
             trainer.load_fragment(fragment, weights)
         trainer.step_count = saved.step

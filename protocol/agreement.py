@@ -6,6 +6,9 @@ or has one still to apply: certificates go round, and lists are compared over th
 such a reason, two in a row at different slots, do not heal by certificates: then the majority is right (of equal camps
 the one with the lower hash), and the minority downloads. Whoever has not reported that slot yet may still be on our
 side: else the first to report would be the majority. A joiner is in the same position with every fragment.
+
+Whoever was away for longer than certificates are kept first listens. A certificate on top of an anchor with a gap below
+it would make a recent anchor of wrong bytes, and among two peers the lower hash might then beat all that was missed.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+from braniac.protocol import limits
 from braniac.protocol.events import FragmentLost, FragmentUnheld
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
@@ -27,7 +31,9 @@ _UNHELD_SLOTS = 4
 class Agreement:
     """What this peer holds, against what others say they hold."""
 
-    def __init__(self, manifest: Manifest, me: PeerId, held: tuple[int, ...]) -> None:
+    def __init__(self, manifest: Manifest, me: PeerId, held: tuple[int, ...], slot: int) -> None:
+        """This peer has listened since `slot`."""
+        self._since = slot
         self._manifest = manifest
         self._me = me
         self._held = held
@@ -52,9 +58,16 @@ class Agreement:
         """A download failed: the next review may choose anew."""
         self._asked.pop(fragment, None)
 
-    def listen_anew(self) -> None:
-        """After a rest: what one peer says first is not what all say."""
+    def listen_anew(self, slot: int) -> None:
+        """After a rest or a sleep: what one peer says first is not what all say."""
+        self._since = slot
         self._first_heard = None
+
+    def outdated(self, fragment: int, now_slot: int) -> bool:
+        """Whether our anchor may lack certificates that are not kept any more, and others had no time to say so yet."""
+        mine, kept_slots = self.mine.get(fragment), limits.HISTORY_WINDOWS * self._manifest.window
+        gap = mine is not None and mine.slot <= self._since - kept_slots
+        return gap and now_slot < self._since + _UNHELD_SLOTS
 
     def overtaken(self, voices: list[Member], edge: int) -> bool:
         """Whether an anchor of ours is too old to be repaired by certificates, and others have a newer one."""

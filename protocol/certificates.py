@@ -5,9 +5,11 @@ What stands and what is undone is decided by history.py; who may sign by rounds.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from braniac.protocol import events, limits
+from braniac.protocol.agreement import Agreement
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
@@ -28,6 +30,7 @@ class Certificates:
         tier: int,
         start_slot: int,
         history: History,
+        agreement: Agreement,
         roster: Roster,
         rounds: Rounds,
         outbox: Outbox,
@@ -39,6 +42,7 @@ class Certificates:
         self._tier = tier
         self._start_slot = max(-1, start_slot)
         self._history = history
+        self._agreement = agreement
         self._roster = roster
         self._rounds = rounds
         self._outbox = outbox
@@ -79,9 +83,10 @@ class Certificates:
             raise WireError(Refusal.NOT_COMMITTEE, "a certificate signed by peers that could not decide that slot")
 
     def publish(self, certificate: Certificate, now_slot: int) -> None:
-        """A slot of this peer's own has its signatures: tell everybody."""
-        self._outbox.broadcast(certificate, now_slot)
-        self.take(certificate, now_slot)
+        """A slot of this peer's own has its signatures: tell everybody, unless a better certificate came first."""
+        with contextlib.suppress(WireError):
+            self.take(certificate, now_slot)
+            self._outbox.broadcast(certificate, now_slot)
 
     def take(self, certificate: Certificate, now_slot: int) -> None:
         """A certificate that may stand: undo what it replaces, fetch its update. Raises WireError if it may not."""
@@ -90,6 +95,8 @@ class Certificates:
             self._history.count(certificate, now_slot)
             self.settle(verdict.slot, certificate)
             return
+        if self._agreement.outdated(verdict.fragment, now_slot):
+            return  # it is asked for again, unless a download has brought it by then
         news, loser = self._history.accept(certificate, now_slot)
         if not news:
             return

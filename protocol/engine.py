@@ -63,14 +63,14 @@ class Engine:
         self.refused_payloads: Counter[Refusal] = Counter()
         self._outbox = Outbox(identity, manifest.run_id, incarnation, self.roster)
         self._slot = self._start_slot = self._rejoined_slot = manifest.slot_at(now)
-        self._agreement = Agreement(manifest, self.me, manifest.held(tier))
+        self._agreement = Agreement(manifest, self.me, manifest.held(tier), self._slot)
         self._greetings = Greetings(self.me, self.roster, self._outbox.send, self._heartbeat)
         self._repeat_at = now
         self._events: deque[events.Event] = deque()
         start, send, emit = self._start_slot, self._outbox.send, self._events.append
         self._rounds = Rounds(manifest, identity, tier, self.roster, start, send, emit)
         self._certificates = Certificates(
-            manifest, self.me, tier, start, history, self.roster, self._rounds, self._outbox, emit
+            manifest, self.me, tier, start, history, self._agreement, self.roster, self._rounds, self._outbox, emit
         )
         self._inbox = Inbox(
             manifest,
@@ -229,7 +229,7 @@ class Engine:
         self._outbox.drain()  # what was said of the past
         self.handle_timer(now)
         self._rejoined_slot = self._slot
-        self._agreement.listen_anew()
+        self._agreement.listen_anew(self._slot)
         self._greetings.look_for_members(self._slot)
 
     @property
@@ -262,6 +262,7 @@ class Engine:
         """
         if self.ready:
             self._rounds.ready_slot = slot
+        self._agreement.listen_anew(slot)
         self._greetings.look_for_members(slot)
 
     def _begin_slot(self, slot: int) -> None:
@@ -277,7 +278,7 @@ class Engine:
         self.history.prune(slot)
         self.roster.forget(slot)
         due = slot > max(-1, self._start_slot) and slot not in self.history.offers  # one offer per slot, ever
-        if self.ready and due and fragment in self.history.last:
+        if self.ready and due and fragment in self.history.last and not self._agreement.outdated(fragment, slot):
             self._events.append(events.FragmentDue(slot, fragment))
 
     def _repeat(self) -> None:

@@ -125,6 +125,12 @@ class Adversary:
                 machine.life.disk.arm(0, "kill")  # never
             self._bring_back(machine)
 
+    def keep_on(self) -> None:
+        """After healing: whoever was about to end then is started again."""
+        for machine in self._world.machines:
+            if machine.life is None:
+                machine.start()
+
     def _end(self, now_s: float) -> None:
         if self._cut_until_s <= now_s:
             self._world.network.weather.cuts.clear()

@@ -194,6 +194,7 @@ class World:
         outcome.stuck = "nobody was ever there"
         while outcome.stuck and not self.violations:
             await self.pass_time(1.0)
+            self.adversary.keep_on()
             slots = (self.loop.time() - healed_s) / SLOT_S
             outcome.stuck, certified = self.ailment(), self.checks.settled_since(healed_slot)
             if certified and not outcome.flowing_slots:

@@ -42,7 +42,7 @@ class Case:
     def __init__(self, *mine: FragmentState) -> None:
         self.history = History(MANIFEST)
         self.history.begin([0])
-        self.agreement = Agreement(MANIFEST, identity(0).peer_id, (0,))
+        self.agreement = Agreement(MANIFEST, identity(0).peer_id, (0,), 0)
         for each in mine:
             self.agreement.set_mine(each)
 
@@ -124,6 +124,19 @@ def test_the_first_to_report_a_slot_are_not_the_majority() -> None:
     assert case.review(13, [*minority, member(3, state(12, HIGH)), member(4, state(12, HIGH))]) == []
     [lost] = case.review(13, [*minority, member(3, state(12)), member(4, state(12, HIGH))])
     assert lost.state == state(12)
+
+
+def test_an_anchor_with_a_gap_below_it_takes_nothing_until_the_others_were_heard() -> None:
+    case = Case(state(9))
+    horizon = case.history.horizon
+    assert not case.agreement.outdated(0, 10), "it was here all the time"
+    case.agreement.listen_anew(9 + horizon - 1)
+    assert not case.agreement.outdated(0, 9 + horizon), "all that it missed is still kept"
+    case.agreement.listen_anew(9 + horizon)
+    assert case.agreement.outdated(0, 9 + horizon)
+    assert not case.agreement.outdated(0, 9 + horizon + 4), "nobody had anything newer"
+    case.agreement.set_mine(state(9 + horizon - 1))
+    assert not case.agreement.outdated(0, 9 + horizon)
 
 
 def test_agreement_in_between_clears_the_suspicion() -> None:

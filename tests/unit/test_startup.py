@@ -127,7 +127,7 @@ async def test_slots_and_incarnations_never_go_back(starter: Starter) -> None:
     assert membership.incarnation > 1
     starter.clock.set_wall(0.0)
     again = await join_run(starter.equipment())
-    assert again.incarnation == membership.incarnation + 1  # though nothing was saved in between
+    assert again.incarnation == membership.incarnation + 1, "though nothing was saved in between"
 
 
 async def test_the_thread_ends_with_the_context(starter: Starter) -> None:
