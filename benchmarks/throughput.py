@@ -27,6 +27,7 @@ from memory import LEAN_METHODS, Stopwatch, flops_per_token
 from braniac.model.config import PRESETS, ModelConfig
 from braniac.model.data import Batches
 from braniac.model.gpt import GPT
+from braniac.model.lean import compute_type
 from braniac.model.objective import Mode, ObjectiveSettings
 from braniac.model.sources import Corpus
 from braniac.model.trainer import Trainer, TrainSettings, default_precision
@@ -41,9 +42,10 @@ def seconds_of(call: Callable[[], object]) -> float:
 def gemm_gflops(config: ModelConfig, dtype: torch.dtype) -> float:
     """The best of some products of the FFN's shape, in 10^9 FLOPs per second of all threads."""
     rows, cols = config.hidden_size, config.intermediate_size
-    a, b = torch.randn(1024, rows).to(dtype), torch.randn(rows, cols).to(dtype)
-    rounds = 8 if dtype == torch.float32 else 2
-    return max(2 * 1024 * rows * cols / seconds_of(lambda: torch.mm(a, b)) / 1e9 for _ in range(rounds))
+    # Processors without bfloat16 are a hundred times slower with it: a few rows must do.
+    tokens, rounds = (1024, 8) if dtype == compute_type() else (64, 1)
+    a, b = torch.randn(tokens, rows).to(dtype), torch.randn(rows, cols).to(dtype)
+    return max(2 * tokens * rows * cols / seconds_of(lambda: torch.mm(a, b)) / 1e9 for _ in range(rounds))
 
 
 class PlainLoop:
