@@ -20,6 +20,8 @@ SAMPLES_MAX = 8  # per peer, as in NTP's clock filter
 PEERS_MAX = 256
 FORGET_S = 600.0  # a peer not heard for this long has no vote
 SLEW_S_MAX = 0.05  # offset change per call of `adjust`
+STEP_S_MIN = 1.0  # further away than this there is no point in slewing
+STEP_AFTER = 2 * SAMPLES_MAX  # calls of `adjust` that find it so: no sample is from before the first of them
 
 
 class Clock(Protocol):
@@ -89,6 +91,8 @@ class SwarmClock:
         self._offset_s = clock.wall() - clock.monotonic() if offset_s is None else offset_s
         self._latest_s = -math.inf
         self._samples: dict[PeerId, deque[_Sample]] = {}  # the peer heard longest ago first
+        self._astray = 0
+        """How often in a row `adjust` has found itself further off than slewing is for."""
 
     @property
     def offset_s(self) -> float:
@@ -128,9 +132,18 @@ class SwarmClock:
         self._samples.pop(peer, None)
 
     def adjust(self) -> float:
-        """Move the offset towards the median of our own and the peers', by at most SLEW_S_MAX; returns the move."""
-        moves_s = [0.0, *(offset_s - self._offset_s for offset_s in self._peer_offsets())]
-        move_s = max(-SLEW_S_MAX, min(SLEW_S_MAX, statistics.median(moves_s)))
+        """Move the offset towards the median of our own and the peers', by at most SLEW_S_MAX; returns the move.
+
+        Whoever started while nobody answered may be an hour off, which slewing would take weeks to mend: a large
+        distance that persists is covered at once, as ntpd does after its stepout time. `now` stands still if that is
+        a way back.
+        """
+        wanted_s = statistics.median([0.0, *(offset_s - self._offset_s for offset_s in self._peer_offsets())])
+        self._astray = self._astray + 1 if abs(wanted_s) > STEP_S_MIN else 0
+        if self._astray > STEP_AFTER:
+            move_s, self._astray = wanted_s, 0
+        else:
+            move_s = max(-SLEW_S_MAX, min(SLEW_S_MAX, wanted_s))
         self._offset_s += move_s
         return move_s
 
@@ -159,7 +172,7 @@ class SwarmClock:
         return max((abs(offset_s - middle_s) for offset_s in offsets_s), default=0.0)
 
     def _peer_offsets(self) -> list[float]:
-        """The offset of each peer heard lately: of its recent samples the one with the shortest round trip."""
+        """The offset of each peer heard lately: of its recent samples the one with the shortest round trip, the last."""
         oldest_s = self._clock.monotonic() - FORGET_S
         self._samples = {peer: samples for peer, samples in self._samples.items() if samples[-1].at_s >= oldest_s}
-        return [min(samples, key=lambda sample: sample.rtt_s).offset_s for samples in self._samples.values()]
+        return [min(reversed(samples), key=lambda sample: sample.rtt_s).offset_s for samples in self._samples.values()]

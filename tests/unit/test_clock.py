@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from braniac.node.clock import FORGET_S, PEERS_MAX, SLEW_S_MAX, FakeClock, SwarmClock, SystemClock
+from braniac.node.clock import FORGET_S, PEERS_MAX, SLEW_S_MAX, STEP_AFTER, FakeClock, SwarmClock, SystemClock
 from braniac.protocol.identity import PeerId
 
 
@@ -104,6 +104,43 @@ def test_adjust_moves_by_at_most_the_slew_and_converges_to_the_median() -> None:
     for _ in range(10):
         swarm.adjust()
     assert swarm.offset_s == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
+def test_whoever_is_far_off_for_long_catches_up_at_once(ahead_s: float) -> None:
+    """It may have started while nobody could tell it the time."""
+    clock = FakeClock()
+    swarm = SwarmClock(clock, offset_s=0.0)
+    before_s = swarm.now()
+    for number in range(3):
+        exchange(swarm, clock, number, ahead_s)
+    moves_s = [abs(swarm.adjust()) for _ in range(STEP_AFTER)]
+    assert moves_s == pytest.approx([SLEW_S_MAX] * STEP_AFTER)
+    swarm.adjust()
+    assert swarm.offset_s == pytest.approx(ahead_s)
+    assert swarm.now() == max(before_s, clock.monotonic() + swarm.offset_s)
+    assert swarm.adjust() == pytest.approx(0.0)
+
+
+def test_what_passes_is_no_reason_to_jump() -> None:
+    clock = FakeClock()
+    swarm = SwarmClock(clock, offset_s=0.0)
+    for turn in range(3 * STEP_AFTER):
+        for number in range(3):
+            exchange(swarm, clock, number, ahead_s=9.0 if turn % STEP_AFTER else 0.0, up_s=1e-3 / (turn + 1))
+        assert abs(swarm.adjust()) <= SLEW_S_MAX
+
+
+def test_two_that_are_apart_meet_and_stay_together() -> None:
+    clock = FakeClock()
+    pair = [SwarmClock(clock, offset_s=0.0), SwarmClock(clock, offset_s=100.0)]
+    for _ in range(10 * STEP_AFTER):
+        clock.advance(1.0)
+        times_s = [swarm.now() for swarm in pair]
+        for number, swarm in enumerate(pair):
+            swarm.observe(peer(1 - number), times_s[1 - number], clock.monotonic(), clock.monotonic())
+            swarm.adjust()
+    assert pair[0].offset_s == pytest.approx(pair[1].offset_s, abs=0.1)
 
 
 def test_a_minority_of_liars_moves_nothing() -> None:
