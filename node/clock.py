@@ -106,8 +106,12 @@ class SwarmClock:
 
     def now(self) -> float:
         """Swarm time in seconds; stands still rather than go back."""
-        self._latest_s = max(self._latest_s, self._clock.monotonic() + self._offset_s)
+        self._latest_s = max(self._latest_s, self.belief())
         return self._latest_s
+
+    def belief(self) -> float:
+        """What others are told: the time without the standing still, which would hold them back too."""
+        return self._clock.monotonic() + self._offset_s
 
     def observe(
         self, peer: PeerId, their_time_s: float, sent_at_monotonic: float, received_at_monotonic: float
@@ -172,7 +176,7 @@ class SwarmClock:
         return max((abs(offset_s - middle_s) for offset_s in offsets_s), default=0.0)
 
     def _peer_offsets(self) -> list[float]:
-        """The offset of each peer heard lately: of its recent samples the one with the shortest round trip, the last."""
+        """The offset of each peer heard lately: of its recent samples the last with the shortest round trip."""
         oldest_s = self._clock.monotonic() - FORGET_S
         self._samples = {peer: samples for peer, samples in self._samples.items() if samples[-1].at_s >= oldest_s}
         return [min(reversed(samples), key=lambda sample: sample.rtt_s).offset_s for samples in self._samples.values()]

@@ -75,6 +75,7 @@ class Daemon:
         node.exchange.on_input = self._pump.wake
         node.exchange.is_anchor = self._replica.is_anchor
         node.exchange.synchronised = True
+        self._spawn(self.path.note_signing(engine.slot))
         if self.path.join():
             self._begin_training()
         else:
@@ -170,6 +171,7 @@ class Daemon:
                 self._engine.addresses = self.node.network.public_addresses()
                 self.node.swarm_clock.adjust()
                 self._status.slot_began(event)
+                self._spawn(self.path.note_signing(event.slot))
             case events.FragmentDue() | events.UpdateDue():
                 self.path.put(event)
             case events.BlobWanted():

@@ -77,7 +77,7 @@ class Exchange:
 
     async def answer(self, peer: PeerId, data: bytes) -> bytes:
         """Reply to one request; never raises for what a peer may have sent."""
-        reply, kind = pb.Reply(swarm_time_s=self.swarm_clock.now() if self.synchronised else 0.0), "message"
+        reply, kind = pb.Reply(swarm_time_s=self.swarm_clock.belief() if self.synchronised else 0.0), "message"
         self.throttle.received(len(data))
         try:
             request = pb.Request.FromString(data)

@@ -142,15 +142,19 @@ async def _agree(node: Equipment, manifest: Manifest) -> None:
 
 
 async def _resume_time(node: Equipment, saved: Saved) -> None:
-    """The swarm's time by those who kept it, else by the wall clock; slots never go backwards (I3)."""
-    node.swarm_clock.set(max(node.clock.wall() + saved.clock_offset_s, saved.swarm_time_s))
+    """The swarm's time by those who kept it; slots never go backwards (I3).
+
+    If nobody answers it goes on where it stopped. The wall clock may be hours ahead, and there is no way back from a
+    slot in the future; from one in the past there is. Only whoever knows no other peer may go by the wall clock.
+    """
+    by_wall_s = saved.swarm_time_s if saved.peers else node.clock.wall() + saved.clock_offset_s
+    node.swarm_clock.set(max(by_wall_s, saved.swarm_time_s))
     known = [address for addresses in saved.peers.values() for address in addresses]
     await joiner.ask_the_time(node.network, node.exchange, [*node.network.bootstrap, *known], saved.manifest)
     moved_s = node.swarm_clock.step()
     if node.swarm_clock.now() < saved.swarm_time_s:
         node.swarm_clock.set(saved.swarm_time_s)
-    if abs(moved_s) > 1.0:
-        log.warning("the wall clock was wrong, following the swarm", moved_s=round(moved_s, 1))
+    log.info("took the swarm's time", peers=node.swarm_clock.peers, moved_s=round(moved_s, 1))
 
 
 def _check_data(config: NodeConfig) -> None:
@@ -216,8 +220,15 @@ async def equip(
     elif membership.founded:
         history.begin(manifest.held(tier))
         await asyncio.to_thread(replica.begin)
-    now = node.swarm_clock.now()
-    engine = Engine(manifest, node.identity, tier, incarnation=membership.incarnation, now=now, history=history)
+    engine = Engine(
+        manifest,
+        node.identity,
+        tier,
+        incarnation=membership.incarnation,
+        now=node.swarm_clock.now(),
+        history=history,
+        signed_slot=node.store.signed_slot(),
+    )
     for state in replica.anchors.values():
         engine.anchor_known(state)
     thread.start()

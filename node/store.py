@@ -4,6 +4,7 @@
     <root>/blobs/<2 hex>/<64 hex>            anchors, weights, optimizer state, pending payloads
     <root>/generations/<12 digits>.json      the manifests, see generation.py
     <root>/starts                            the number of the last start, see `count_start`
+    <root>/signed                            the last slot that may have been signed for, see `note_signing`
 
 Blobs are durable before the manifest that names them is written, and one rename makes the manifest appear, so at every
 instant the newest readable manifest is a whole generation: a crash leaves the old one or the new one, never a mix.
@@ -33,6 +34,12 @@ _DIGEST_BYTES = 32
 _MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
 _STARTS_MAX = (1 << 32) - 1
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+def _sealed(number: int) -> bytes:
+    """A number and its hash: one digit that rots could keep a node silent for years."""
+    digits = b"%d" % number
+    return digits + b" " + hashlib.sha256(digits).hexdigest().encode()
 
 
 class DiskFull(ResourceError):
@@ -109,15 +116,32 @@ class Store:
 
         It is durable when this returns, however soon the process ends. Raises DiskFull.
         """
-        path = self.root / "starts"
-        try:
-            before = int(path.read_text("ascii"))
-        except (OSError, ValueError):  # none yet, or damaged: then `least` has to do
-            before = 0
+        before = self._number_in("starts")  # none yet, or damaged: then `least` has to do
         number = max(least, before + 1 if before < _STARTS_MAX else 0)
-        with self._writing, self._disk_errors():
-            write_whole(self._files, path, memoryview(b"%d" % number))
+        self._write_number("starts", number)
         return number
+
+    def note_signing(self, slot: int) -> None:
+        """Make it durable that there may be signatures for slots up to this one. Raises DiskFull."""
+        with self._writing:
+            self._write_number("signed", max(slot, self.signed_slot()))
+
+    def signed_slot(self) -> int:
+        """The last slot for which there may be signatures, -1 if there are none."""
+        return self._number_in("signed", -1)
+
+    def _number_in(self, name: str, default: int = 0) -> int:
+        """The number in a small file; `default` if there is none, or if it is damaged."""
+        try:
+            data = (self.root / name).read_bytes()
+            number = int(data.partition(b" ")[0])
+        except (OSError, ValueError):
+            return default
+        return number if data == _sealed(number) else default
+
+    def _write_number(self, name: str, number: int) -> None:
+        with self._writing, self._disk_errors():
+            write_whole(self._files, self.root / name, memoryview(_sealed(number)))
 
     def put(self, data: bytes | memoryview) -> bytes:
         """Store `data` durably and return its SHA-256 (32 bytes); free if it is here already. Raises DiskFull."""

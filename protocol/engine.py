@@ -39,10 +39,20 @@ class Engine:
     """The outer protocol of one peer in one run."""
 
     def __init__(
-        self, manifest: Manifest, identity: Identity, tier: int, *, incarnation: int, now: float, history: History
+        self,
+        manifest: Manifest,
+        identity: Identity,
+        tier: int,
+        *,
+        incarnation: int,
+        now: float,
+        history: History,
+        signed_slot: int | None = None,
     ) -> None:
         """`incarnation` must grow with every start of an identity; `history` is what was recovered, or new.
 
+        An earlier life may have signed for slots up to `signed_slot`: nothing is signed for these again, nor for later
+        ones before `may_sign`. None: there was no earlier life, and there will be no later one.
         At `manifest.observer_tier` it holds nothing and only listens: it must not be `set_ready`.
         """
         assert 0 <= tier <= manifest.observer_tier
@@ -62,15 +72,19 @@ class Engine:
         self.refused: Counter[Refusal] = Counter()
         self.refused_payloads: Counter[Refusal] = Counter()
         self._outbox = Outbox(identity, manifest.run_id, incarnation, self.roster)
-        self._slot = self._start_slot = self._rejoined_slot = manifest.slot_at(now)
+        self._slot = self._rejoined_slot = manifest.slot_at(now)
+        self._silent_slot = self._slot if signed_slot is None else max(self._slot, signed_slot)
+        """Nothing is signed for slots up to here."""
         self._agreement = Agreement(manifest, self.me, manifest.held(tier), self._slot)
         self._greetings = Greetings(self.me, self.roster, self._outbox.send, self._heartbeat)
         self._repeat_at = now
         self._events: deque[events.Event] = deque()
-        start, send, emit = self._start_slot, self._outbox.send, self._events.append
-        self._rounds = Rounds(manifest, identity, tier, self.roster, start, send, emit)
+        send, emit = self._outbox.send, self._events.append
+        self._rounds = Rounds(manifest, identity, tier, self.roster, self._slot, self._silent_slot, send, emit)
+        if signed_slot is not None:
+            self._rounds.signing_slot = signed_slot
         self._certificates = Certificates(
-            manifest, self.me, tier, start, history, self._agreement, self.roster, self._rounds, self._outbox, emit
+            manifest, self.me, tier, self._slot, history, self._agreement, self.roster, self._rounds, self._outbox, emit
         )
         self._inbox = Inbox(
             manifest,
@@ -155,6 +169,10 @@ class Engine:
         assert len(self._agreement.mine) == len(self.manifest.held(self.tier))
         self._rounds.ready_slot = max(0, self._slot)
         self._broadcast(self._heartbeat())
+
+    def may_sign(self, slot: int) -> None:
+        """It is durable that this peer may have signed for slots up to here: now it may."""
+        self._rounds.signing_slot = max(slot, self._rounds.signing_slot)
 
     def set_reachable(self, reachable: bool) -> None:
         """Whether others can dial this peer. If not it goes on contributing and leaves the seats to those that can be.
@@ -277,7 +295,8 @@ class Engine:
         self._certificates.forget(slot)
         self.history.prune(slot)
         self.roster.forget(slot)
-        due = slot > max(-1, self._start_slot) and slot not in self.history.offers  # one offer per slot, ever
+        signable = max(-1, self._silent_slot) < slot <= self._rounds.signing_slot
+        due = signable and slot not in self.history.offers  # one offer per slot, ever
         if self.ready and due and fragment in self.history.last and not self._agreement.outdated(fragment, slot):
             self._events.append(events.FragmentDue(slot, fragment))
 

@@ -43,5 +43,6 @@ ROSTER_LIVE_SLOTS = 4  # a peer is live if it was heard within this many slots
 ROSTER_FORGET_SLOTS = 4096  # a peer not heard for this long is forgotten
 PROPOSAL_OPEN_SLOTS = 2  # a slot without a certificate this long after its end stays without
 ELIGIBLE_SLOTS = 2  # a peer sits in committees this long after it said it was ready, so that all know it
+SIGNING_AHEAD_SLOTS = 2  # a peer notes durably that it may sign so far ahead: what a restart costs it in seats
 HISTORY_WINDOWS = 4  # certificates are kept, served and accepted this many windows back
 CLOSE_FRACTION = 1.0  # of a slot: the owner merges what it has at this point; sooner if all expected are in

@@ -26,16 +26,19 @@ class Rounds:
         tier: int,
         roster: Roster,
         start_slot: int,
+        silent_slot: int,
         send: Callable[[PeerId, Message], None],
         emit: Callable[[events.Event], None],
     ) -> None:
-        """`start_slot`: nothing is signed for slots up to here, this peer may have done so before a restart."""
+        """`silent_slot`: nothing is signed for slots up to here, this peer may have done so before a restart."""
         self._manifest = manifest
         self._identity = identity
         self._me = identity.peer_id
         self._tier = tier
         self._roster = roster
-        self._start_slot = start_slot
+        self._silent_slot = silent_slot
+        self.signing_slot = float("inf")
+        """Nothing is signed for slots after this one: a restart would not know of it."""
         self._send = send
         self._emit = emit
         self._rounds: dict[int, SlotRound] = {}
@@ -126,9 +129,9 @@ class Rounds:
         """If this peer owns the slot and it is time, ask for the merge."""
         slot, fragment = current.slot, current.fragment
         expected = [m.peer for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment)]
-        if self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and slot > self._start_slot:
+        if self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and slot > self._silent_slot:
             expected.append(self._me)
-        if current.may_close(expected, overdue=now >= self._overdue_at(slot)):
+        if slot <= self.signing_slot and current.may_close(expected, overdue=now >= self._overdue_at(slot)):
             self._close(current)
 
     def _close(self, current: SlotRound) -> None:
@@ -158,8 +161,10 @@ class Rounds:
     def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
         """Sign an owner's proposal, or raise WireError."""
         self._check_slot(verdict.slot, verdict.fragment)
-        if verdict.slot <= self._start_slot:
+        if verdict.slot <= self._silent_slot:
             raise WireError(Refusal.NOT_READY, "this peer may have signed for that slot before it was restarted")
+        if verdict.slot > self.signing_slot:
+            raise WireError(Refusal.NOT_READY, "this peer could not note yet that it signs for that slot")
         current = self._seat(verdict.slot)
         current.check_proposal(sender, verdict)
         for share in verdict.shares:

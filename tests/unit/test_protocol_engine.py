@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from braniac.protocol import codec, committee, events, ledger, limits, messages, statements
+from braniac.protocol.engine import Engine
 from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.history import History
+from braniac.protocol.messages import FragmentState
 from tests.unit.swarm_checks import (
     WINDOW,
     acknowledged_and_listed,
@@ -304,6 +307,31 @@ def test_a_restarted_seat_does_not_sign_for_slots_it_may_have_signed() -> None:
     seat.restart()
     swarm.run(0.2)
     assert refusal_of(seat, owner.number, messages.Proposal(verdict)) is Refusal.NOT_READY
+
+
+def test_nothing_is_signed_before_it_is_durable_that_it_may_have_been() -> None:
+    """An earlier life may have signed up to slot 9, whatever the clock says; and the disk is slow now."""
+    manifest = Swarm([0]).manifest
+
+    def due(engine: Engine, last_slot: int) -> list[int]:
+        for slot in range(engine.slot + 1, last_slot + 1):
+            engine.handle_timer(manifest.slot_start(slot))
+        found = []
+        while event := engine.next_event():
+            found += [event.slot] if isinstance(event, events.FragmentDue) else []
+        return found
+
+    history = History(manifest)
+    history.begin(manifest.held(0))
+    now = manifest.slot_start(4)
+    engine = Engine(manifest, identity(0), 0, incarnation=2, now=now, history=history, signed_slot=9)
+    for fragment in manifest.held(0):
+        engine.anchor_known(FragmentState(fragment, -1, bytes(32)))
+    engine.set_ready()
+    assert due(engine, 12) == []
+    engine.may_sign(14)
+    engine.may_sign(13)
+    assert due(engine, 16) == [13, 14]
 
 
 # --- fragments that are lost -----------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_the_number_of_a_start_only_grows(tmp_path: Path) -> None:
     for least, number in ((100, 100), (90, 101), (90, 102), (200, 200)):
         with opened(tmp_path) as store:
             assert store.count_start(least) == number
-    for damage in (b"", b"many", b"\xff", b"9" * 30):
+    for damage in (b"", b"many", b"\xff", b"9" * 30, b"9" * 5000, b"9 " + b"0" * 64):
         (tmp_path / "starts").write_bytes(damage)
         with opened(tmp_path) as store:
             assert store.count_start(300) == 300
@@ -183,6 +183,31 @@ def test_the_number_of_a_start_survives_a_crash(tmp_path: Path, mode: str) -> No
         files.crash()
     with opened(tmp_path) as store:
         assert store.count_start(5) == counted + 1
+
+
+def test_what_may_be_signed_is_remembered(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        assert store.signed_slot() == -1
+        store.note_signing(7)
+        store.note_signing(5)
+    with opened(tmp_path) as store:
+        assert store.signed_slot() == 7
+    data = bytearray((tmp_path / "signed").read_bytes())
+    data[0] += 1
+    (tmp_path / "signed").write_bytes(data)
+    with opened(tmp_path) as store:
+        assert store.signed_slot() == -1
+
+
+@pytest.mark.parametrize("mode", ["kill", "power", "reorder"])
+def test_what_may_be_signed_survives_a_crash(tmp_path: Path, mode: str) -> None:
+    files = CrashingFiles(0, mode)
+    with opened(tmp_path, files=files) as store:
+        store.note_signing(7)
+    with contextlib.suppress(PowerCut):
+        files.crash()
+    with opened(tmp_path) as store:
+        assert store.signed_slot() == 7
 
 
 # Blobs
