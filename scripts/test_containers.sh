@@ -115,4 +115,4 @@ docker compose version >/dev/null 2>&1 || skip "docker has no Compose plugin her
 base_image
 node_images
 prometheus_image
-BRANIAC_CONTAINERS=1 "$PYTHON" -m pytest -v tests/containers "$@"
+BRANIAC_CONTAINERS=1 "$PYTHON" -m pytest -v -rP tests/containers "$@"
