@@ -195,13 +195,14 @@ def test_halves_that_meet_after_their_slots_are_final(slots: int) -> None:
         kept = {m.name: downloads(m) for m in right}
         trained_apart = [merged(world, machine, world.slot - WINDOW) for machine in world.machines]
         assert all(trained_apart), "both sides go on training and merging by themselves"
-        final = range(parted, world.slot - WINDOW + 1)
-        both = [s for s in final if None not in digests(world, s, left) | digests(world, s, right)]
-        disputed = {world.manifest.fragment_of(slot) for slot in both}
-        assert disputed
+        apart = range(parted, world.slot + 1)
+        both = [s for s in apart if None not in digests(world, s, left) | digests(world, s, right)]
+        final = {world.manifest.fragment_of(slot) for slot in both if slot <= world.slot - WINDOW}
+        soon_final = {world.manifest.fragment_of(slot) for slot in both if slot <= world.slot - WINDOW + 2}
+        assert final
         world.mend()
         await world.until(lambda: not world.ailment(), HORIZON + 4 * WINDOW)
-        assert {downloads(machine) for machine in left} == {len(disputed)}
+        assert all(len(final) <= downloads(machine) <= len(soon_final) for machine in left)
         assert {m.name: downloads(m) for m in right} == kept
 
     tell(story, 0, 0, 0, 0, 0)
@@ -229,7 +230,7 @@ def test_a_peer_that_was_away(slots: int, size: int, how: str) -> None:
             machine.start()
         back = world.slot
         await world.slots(2 * WINDOW)
-        assert not world.ailment()
+        await world.until(lambda: not world.ailment(), 1)  # an update may be on its way just now
         assert downloads(machine) == (0 if slots < HORIZON - WINDOW else len(FRAGMENT_TABLE))
         assert merged(world, machine, back) > 0
 
