@@ -35,6 +35,17 @@ class ProcessPeer(Peer):
         """Where the others find it, once it has said who it is."""
         return f"/ip4/127.0.0.1/tcp/{self.port}/p2p/{self.observations.peer_id}"
 
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs, ready or not."""
+        return self.process is not None and self.process.returncode is None
+
+    def rss_mib(self) -> float:
+        """Resident memory of the daemon's own process. Raises OSError if it does not run."""
+        assert self.process is not None
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text("ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
 
 class ProcessHost(Host):
     """Real daemons as processes; whoever sends signals can kill and pause them, and nothing else."""
@@ -51,16 +62,17 @@ class ProcessHost(Host):
     async def start_all(self) -> None:
         """The founder first, then everybody else at once."""
         founder, *others = self.peers
-        await self._start(founder)
+        await self.start(founder)
         await until(partial(self._trains, founder))
         for peer in others:
-            await self._start(peer)
+            await self.start(peer)
 
     async def _trains(self, peer: Peer) -> StatusReply | None:
         status = await self.ask(peer)
         return status if status is not None and status.state == "training" else None
 
-    async def _start(self, peer: ProcessPeer) -> None:
+    async def start(self, peer: ProcessPeer) -> None:
+        """Start one daemon, on the disk it had: the founder, or one that joins whoever was heard of."""
         options = self._options
         command = [sys.executable, "-m", "braniac.node", "join"]
         command += ["--state-dir", str(peer.folder), "--tier", str(peer.tier), "--log-format", "json"]
@@ -69,7 +81,8 @@ class ProcessHost(Host):
         for setting in options.sets:
             command += ["--set", setting]
         if peer is not self.peers[0]:
-            command += ["--peers", self.peers[0].address]
+            others = [other.address for other in self.peers if other is not peer and other.observations.peer_id]
+            command += ["--peers", ",".join(others)]
         peer.folder.mkdir(parents=True, exist_ok=True)
         with (peer.folder.parent / f"n{peer.index}.log").open("ab") as output:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -107,7 +120,7 @@ class ProcessHost(Host):
             assert isinstance(peer, ProcessPeer)
             assert peer.process is not None
             if fault.kind == "kill":
-                await self._start(peer)
+                await self.start(peer)
             else:
                 peer.process.send_signal(signal.SIGCONT)
 
