@@ -36,6 +36,7 @@ from braniac.protocol.manifest import Manifest
 log = structlog.get_logger(__name__)
 
 _PLAIN = RunSection()
+_DISK_RETRY_S = 1.0
 
 MakeTrainer = Callable[["Equipment", Manifest, int, TrainSettings], Awaitable[Trainer]]
 """Makes the trainer of a tier, as it is before the first step."""
@@ -112,14 +113,19 @@ async def join_run(node: Equipment) -> Membership:
 async def _incarnation(node: Equipment, saved: Saved | None) -> int:
     """The number of this start, for sequence numbers: peers drop what repeats one as replayed.
 
-    The wall clock may have been set back, and the last start may have ended before it saved a generation.
+    The wall clock may have been set back, and the last start may have ended before it saved a generation. So the number
+    must be on disk before anything is said, and a full disk is waited for.
     """
     least = max(int(node.clock.wall()), saved.incarnation + 1 if saved else 0)
-    try:
-        return await asyncio.to_thread(node.store.count_start, least)
-    except DiskFull as error:  # only if this start and the next both save nothing can a number repeat
-        log.warning("could not count this start", reason=str(error))
-        return least
+    waiting = False
+    while True:
+        try:
+            return await asyncio.to_thread(node.store.count_start, least)
+        except DiskFull as error:
+            if not waiting:
+                log.warning("waiting for space on the disk", reason=str(error))
+            waiting = True
+        await asyncio.sleep(_DISK_RETRY_S)
 
 
 def _given_run(config: NodeConfig) -> tuple[Manifest, tuple[bytes, bytes]] | None:

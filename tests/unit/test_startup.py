@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from braniac.model.errors import DataError
 from braniac.model.sources import Corpus
 from braniac.model.tokenizer import FileTokenizer
-from braniac.node import identity_file, run_file
+from braniac.node import identity_file, run_file, startup
 from braniac.node.clock import FakeClock, SwarmClock
 from braniac.node.config import DataSection, NetworkSection, NodeConfig, RunSection, StateSection, TrainSection
 from braniac.node.errors import ConfigError, Incompatible, NodeError
@@ -23,7 +23,7 @@ from braniac.node.metrics import Metrics
 from braniac.node.network import Network
 from braniac.node.p2pd import P2pdOptions
 from braniac.node.startup import Equipment, equip, join_run
-from braniac.node.store import Store
+from braniac.node.store import DiskFull, Store
 from braniac.node.text import run_tokenizer
 from braniac.node.transport_memory import MemoryNetwork, MemoryTransport
 from braniac.protocol import messages_pb2 as pb
@@ -128,6 +128,25 @@ async def test_slots_and_incarnations_never_go_back(starter: Starter) -> None:
     starter.clock.set_wall(0.0)
     again = await join_run(starter.equipment())
     assert again.incarnation == membership.incarnation + 1, "though nothing was saved in between"
+
+
+async def test_a_start_that_cannot_be_counted_waits(starter: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sequence numbers might repeat those of an earlier one that could not be counted either."""
+    full = [True, True, False]
+    count_start = Store.count_start
+
+    def count(self: Store, least: int) -> int:
+        if full.pop(0):
+            raise DiskFull("no space left")
+        return count_start(self, least)
+
+    monkeypatch.setattr(Store, "count_start", count)
+    monkeypatch.setattr(startup, "_DISK_RETRY_S", 0.0)
+    write_run(starter.root / "n0", 1000, epoch_s=EPOCH_S)
+    with capture_logs() as logs:
+        await join_run(starter.equipment())
+    assert full == []
+    assert [line["event"] for line in logs].count("waiting for space on the disk") == 1
 
 
 async def test_the_thread_ends_with_the_context(starter: Starter) -> None:
