@@ -176,6 +176,8 @@ class Daemon:
                 self._spawn(self.path.fetch(event))
             case events.MergeDue():
                 self._spawn(self.path.merge(event))
+            case events.CheckDue():
+                self._spawn(self.path.check(event))
             case events.FragmentLost():
                 self._spawn(self.path.download(event))
             case events.FragmentUnheld(fragment):
@@ -188,7 +190,7 @@ class Daemon:
                 log.info("a peer joined", peer=short_name(peer), tier=tier)
             case events.PeerLeft(peer, said_goodbye):
                 log.info("a peer left" if said_goodbye else "a peer fell silent", peer=short_name(peer))
-            case events.SlotSettled() | events.Equivocated():
+            case events.SlotSettled() | events.Equivocated() | events.WrongMerge():
                 self._status.report(event)
             case events.IdentityShared():
                 raise self.node.network.identity_shared()

@@ -9,8 +9,8 @@ goes backwards. The daemon and the tests drive the same object:
     engine.next_event()                       see events.py; answers go back through offer, blob_fetched, merged, ...
 
 One slot, from here: SlotBegan -> FragmentDue -> offer() -> commitments to the committee -> owner: BlobWanted,
-MergeDue -> merged() -> proposal, votes -> certificate to everybody -> BlobWanted (the update) -> UpdateDue ->
-anchor_moved().
+MergeDue -> merged() -> proposal -> the other seats: BlobWanted, CheckDue -> checked() -> votes -> certificate to
+everybody -> BlobWanted (the update) -> UpdateDue -> anchor_moved().
 """
 
 from __future__ import annotations
@@ -186,6 +186,14 @@ class Engine:
             self.refused_payloads[refusal] += 1
         if (certificate := self._rounds.merged(slot, merged)) is not None:
             self._certificates.publish(certificate, self._slot)
+
+    def checked(self, slot: int, merged: Merged | None) -> None:
+        """Answer to CheckDue; None if nothing could be admitted."""
+        self._rounds.checked(slot, merged)
+
+    def check_failed(self, slot: int) -> None:
+        """Answer to CheckDue if the payloads could not be read."""
+        self._rounds.check_failed(slot)
 
     def anchor_moved(self, update: events.UpdateDue, state: FragmentState) -> None:
         """Answer to UpdateDue: anchor and weights hold it now."""

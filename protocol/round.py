@@ -1,9 +1,10 @@
 """One slot, seen from a committee seat: collect commitments, merge, propose, vote, certify.
 
 The owner (rank 0) pulls the payloads, merges what has arrived when all expected peers are in or the slot is over,
-and proposes the result; the other seats check the proposal against what they heard themselves and sign at
-most one verdict per slot. Two of three signatures make the certificate. An owner that dies leaves a slot without a
-certificate, which changes nothing for anybody: the work is offered again when the fragment is next due.
+and proposes the result; the other seats check the proposal against what they heard themselves, pull the payloads and
+merge them again, and sign at most one verdict per slot. Two of three signatures make the certificate. An owner that
+dies or lies leaves a slot without a certificate, which changes nothing for anybody: the work is offered again when the
+fragment is next due.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from braniac.protocol import committee as seats
 from braniac.protocol import limits, statements
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import Identity, PeerId
+from braniac.protocol.merge import Merged
 from braniac.protocol.messages import Certificate, Commitment, Share, Verdict, Vote
 
 
@@ -46,6 +48,11 @@ class SlotRound:
     excluded: set[PeerId] = field(default_factory=set)
     """Equivocators: nothing of theirs is merged."""
     verdict: Verdict | None = None
+    """What the owner has proposed."""
+    recomputing: bool = False
+    """Whether another owner's proposal is being merged again here."""
+    wrong: bool = False
+    """Whether another owner's proposal was found to be not what its contributions make."""
     votes: dict[PeerId, bytes] = field(default_factory=dict)
     voted: bytes | None = None
     """Digest of the one verdict this peer has signed for the slot."""
@@ -96,22 +103,52 @@ class SlotRound:
         self.votes[self.me] = self.sign(identity, self.verdict).signature
         return self.verdict
 
-    def sign(self, identity: Identity, verdict: Verdict) -> Vote:
-        """Sign a verdict, at most one per slot. Raises WireError for a second one."""
-        if self.voted not in (None, verdict.digest):
-            raise WireError(Refusal.CONFLICT, f"already signed another verdict for slot {self.slot}")
-        self.voted = verdict.digest
-        return Vote(self.slot, verdict.digest, statements.sign_verdict(identity, verdict.digest))
-
-    def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
-        """Is this what the owner may propose, as far as this seat can see? Raises WireError."""
+    def consider(self, sender: PeerId, verdict: Verdict) -> None:
+        """Take up what the owner proposes, as far as can be seen without the payloads. Raises WireError."""
         if verdict.committee != self.committee or sender != verdict.owner:
             raise WireError(Refusal.NOT_COMMITTEE, "a proposal by, or to, another committee")
+        if self.verdict is not None and self.verdict.digest != verdict.digest:
+            raise WireError(Refusal.CONFLICT, f"something else was proposed for slot {self.slot}")
+        if self.wrong:
+            raise WireError(Refusal.WRONG_MERGE, f"not what the contributions to slot {self.slot} make")
         for share in verdict.shares:
             if share.commitment.peer in self.excluded:
                 raise WireError(Refusal.EQUIVOCATION, "a proposal with a contribution of a banned peer")
             # Remembered, so that another announcement of the same peer shows as a contradiction.
             self.commitments.setdefault(share.commitment.peer, share.commitment)
+        self.verdict = verdict
+
+    def proposed(self) -> list[Commitment]:
+        """The contributions in the proposal."""
+        return [share.commitment for share in self.verdict.shares] if self.verdict is not None else []
+
+    def missing(self) -> list[Commitment]:
+        """Those whose payload is not here yet."""
+        return [c for c in self.proposed() if c.payload_digest not in self.payloads]
+
+    def may_recompute(self) -> bool:
+        """Whether there is a proposal to be merged again before it is signed, and everything for it is here."""
+        pending = self.verdict is not None and not self.owned and self.voted is None
+        return pending and not self.recomputing and not self.wrong and not self.missing()
+
+    def is_made_of(self, merged: Merged | None) -> bool:
+        """Whether merging again gives what was proposed, to the bit; `merged` is None if nothing was admissible."""
+        assert self.verdict is not None
+        if merged is None:
+            return False
+        same = (merged.digest, len(merged.update)) == (self.verdict.update_digest, self.verdict.update_bytes)
+        return same and dict(merged.admitted) == {s.commitment.peer: s.clip for s in self.verdict.shares}
+
+    def give_up_check(self) -> None:
+        """The payloads could not be read: they are to be fetched once more."""
+        self.recomputing = False
+        self.payloads -= {c.payload_digest for c in self.proposed()}
+
+    def sign(self, identity: Identity, verdict: Verdict) -> Vote:
+        """Sign a verdict, at most one per slot."""
+        assert self.voted in (None, verdict.digest), "a second proposal is refused before"
+        self.voted = verdict.digest
+        return Vote(self.slot, verdict.digest, statements.sign_verdict(identity, verdict.digest))
 
     def count(self, sender: PeerId, vote: Vote) -> Certificate | None:
         """A vote for this owner's proposal: the certificate, once a majority has signed. Raises WireError."""

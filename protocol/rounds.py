@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 
 from braniac.protocol import committee as seats
@@ -44,6 +45,8 @@ class Rounds:
         self.unreachable_slot = 0
         """Since when others cannot dial this peer; 0: they can."""
         self._closed_at = float("-inf")
+        self._distrusted: dict[PeerId, int] = {}
+        """Owners that proposed a wrong merge, and for which slot: whatever they propose is merged again."""
 
     def begin_slot(self, slot: int) -> int:
         """Enter `slot`: the slot whose time for a certificate is over now."""
@@ -115,6 +118,7 @@ class Rounds:
             if any(c.payload_digest == digest for c in current.commitments.values()):
                 current.payloads.add(digest)
                 self._try_close(current, now)
+                self._recompute(current)
 
     def close_due(self, now: float) -> None:
         """Close the rounds whose time is up."""
@@ -156,19 +160,70 @@ class Rounds:
         return current.certificate()
 
     def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
-        """Sign an owner's proposal, or raise WireError."""
+        """Take up an owner's proposal: it is signed once its merge was found to be right. Raises WireError."""
         self._check_slot(verdict.slot, verdict.fragment)
         if verdict.slot <= self._start_slot:
             raise WireError(Refusal.NOT_READY, "this peer may have signed for that slot before it was restarted")
         current = self._seat(verdict.slot)
-        current.check_proposal(sender, verdict)
         for share in verdict.shares:
             tier = self._tier_of(share.commitment.peer)
             if tier is None or not self._manifest.holds(tier, verdict.fragment):
                 raise WireError(Refusal.UNKNOWN_PEER, "a proposal with a contribution of an unknown peer")
         if verdict.update_bytes > self._manifest.update_bytes_max(verdict.fragment):
             raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
-        self._send(sender, current.sign(self._identity, verdict))
+        current.consider(sender, verdict)
+        if current.voted is not None or not self._looks(verdict):
+            return self._vote(current)
+        for commitment in current.missing():
+            # The owner must have it; the contributor might keep it from the seats, to stop the slot.
+            holders = tuple(dict.fromkeys((verdict.owner, commitment.peer)))
+            self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, holders))
+        self._recompute(current)
+
+    def _looks(self, verdict: Verdict) -> bool:
+        """Whether this seat recomputes a merge: always one of few contributions, of larger ones a share.
+
+        Nobody can tell which: the lot is drawn from a signature that only this peer can make, and that it shows nobody.
+        """
+        count = len(verdict.shares)
+        if count <= limits.CHECKED_CONTRIBUTIONS or verdict.owner in self._distrusted:
+            return True
+        secret = self._identity.sign(b"check", self._manifest.run_id + verdict.slot.to_bytes(8))
+        lot = int.from_bytes(hashlib.sha256(secret).digest()[:8])
+        return lot * count < limits.CHECKED_CONTRIBUTIONS << 64
+
+    def _recompute(self, current: SlotRound) -> None:
+        """If a proposal waits for it and its payloads are here, ask for the merge."""
+        if current.may_recompute():
+            current.recomputing = True
+            given = tuple((c.peer, c.weight, c.payload_digest) for c in current.proposed())
+            self._emit(events.CheckDue(current.slot, current.fragment, given))
+
+    def checked(self, slot: int, merged: Merged | None) -> None:
+        """The merge of another's slot was done again: sign the proposal if that is what it says."""
+        current = self._rounds.get(slot)
+        if current is None or not current.recomputing:
+            return  # the slot is over
+        current.recomputing = False
+        if current.is_made_of(merged):
+            if not any(c.peer in current.excluded for c in current.proposed()):
+                self._vote(current)
+            return
+        current.wrong = True
+        owner = current.committee[0]
+        if len(self._distrusted) >= limits.DISTRUSTED_MAX:
+            del self._distrusted[next(iter(self._distrusted))]
+        self._distrusted[owner] = slot
+        self._emit(events.WrongMerge(owner, slot))
+
+    def check_failed(self, slot: int) -> None:
+        """The payloads of a proposal could not be read: with the next repeat of it they are fetched once more."""
+        if (current := self._rounds.get(slot)) is not None:
+            current.give_up_check()
+
+    def _vote(self, current: SlotRound) -> None:
+        assert current.verdict is not None
+        self._send(current.committee[0], current.sign(self._identity, current.verdict))
 
     def count_vote(self, sender: PeerId, vote: Vote) -> Certificate | None:
         """A vote for an own proposal: the certificate, once a majority has signed. Raises WireError."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+
+import numpy as np
 
 from braniac.protocol import codec, committee, events, messages, statements, wire
 from braniac.protocol.errors import Refusal, WireError
-from braniac.protocol.merge import Contribution, merge
+from braniac.protocol.manifest import Manifest
+from braniac.protocol.merge import Contribution, Merged, merge
 from tests.unit.swarm_harness import Peer, Swarm, identity
 
 WINDOW = 3  # fragments in the harness's default run
@@ -103,6 +107,15 @@ def forge(swarm: Swarm, slot: int, seats: list[Peer], signers: list[Peer], share
     )
     signatures = tuple((peer.id, statements.sign_verdict(peer.identity, verdict.digest)) for peer in signers)
     return messages.Certificate(verdict, signatures)
+
+
+def one_more(manifest: Manifest, fragment: int, merged: Merged) -> Merged:
+    """A merge in which one level of the update is larger than it should be."""
+    layout, rules = manifest.fragments[fragment].layout, manifest.down
+    update = codec.decode(layout, rules, merged.update)
+    values = update.values.copy()
+    values[values == values[0]] += np.int32(np.sign(values[0]) << 12)
+    return dataclasses.replace(merged, update=codec.encode(layout, rules, codec.Sparse(update.positions, values))[0])
 
 
 SEQUENCE = iter(range(1 << 40, 1 << 41))

@@ -29,7 +29,7 @@ from braniac.protocol.errors import WireError
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import FragmentSpec, Manifest, MergeRules
-from braniac.protocol.merge import Contribution, merge
+from braniac.protocol.merge import Contribution, Merged, merge
 from braniac.protocol.messages import FragmentState
 
 EPOCH_S = 1_700_000_000.123
@@ -307,6 +307,8 @@ class Peer:
                 self._fetch(event)
             case events.MergeDue():
                 self.swarm.later(self, 0.02, lambda: self._merge(event))
+            case events.CheckDue():
+                self.swarm.later(self, 0.02, lambda: self._check(event))
             case events.UpdateDue():
                 self._apply(event)
             case events.FragmentLost():
@@ -364,11 +366,17 @@ class Peer:
         return None
 
     def _merge(self, due: events.MergeDue) -> None:
+        self.engine.merged(due.slot, self._merge_now(due))
+
+    def _check(self, due: events.CheckDue) -> None:
+        self.engine.checked(due.slot, self._merge_now(due))
+
+    def _merge_now(self, due: events.MergeDue | events.CheckDue) -> Merged | None:
         contributions = [Contribution(peer, tokens, self.blobs[digest]) for peer, tokens, digest in due.contributions]
         merged = merge(self.swarm.manifest, due.fragment, contributions)
         if merged is not None:
             self._put(merged.update)
-        self.engine.merged(due.slot, merged)
+        return merged
 
     def _apply(self, due: events.UpdateDue) -> None:
         verdict = due.certificate.verdict
