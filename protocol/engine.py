@@ -33,6 +33,7 @@ from braniac.protocol.messages import FragmentState, Heartbeat, Message
 from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Member, Roster
 from braniac.protocol.rounds import Rounds
+from braniac.protocol.witness import Witness
 
 
 class Engine:
@@ -72,6 +73,7 @@ class Engine:
         self._certificates = Certificates(
             manifest, self.me, tier, start, history, self._agreement, self.roster, self._rounds, self._outbox, emit
         )
+        self._witness = Witness()
         self._inbox = Inbox(
             manifest,
             self.me,
@@ -81,6 +83,7 @@ class Engine:
             rounds=self._rounds,
             certificates=self._certificates,
             greetings=self._greetings,
+            witness=self._witness,
             outbox=self._outbox,
             queue=self._events,
         )
@@ -283,6 +286,7 @@ class Engine:
         self._greetings.spread(slot)
         self._certificates.settle(self._rounds.begin_slot(slot), None)
         self._certificates.forget(slot)
+        self._witness.forget(slot - self.manifest.window)
         self.history.prune(slot)
         self.roster.forget(slot)
         due = slot > max(-1, self._start_slot) and slot not in self.history.offers  # one offer per slot, ever

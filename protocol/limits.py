@@ -35,6 +35,7 @@ CHECKED_CONTRIBUTIONS = 64  # a seat recomputes every merge of so many; of large
 DISTRUSTED_MAX = 256  # owners remembered for a wrong merge
 CERTIFICATE_RANK_MAX = 6  # a signer must be this high among the peers that could have had its seat
 INTRODUCED_MAX = 64  # peers named to a newcomer
+PROOFS_BYTES_MAX = 1 << 22  # of proofs against banned peers that are kept
 REPLAY_WINDOW = 1024  # sequence numbers remembered per peer
 ADDRESSES_MAX = 8
 ADDRESS_BYTES_MAX = 256

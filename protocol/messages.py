@@ -97,6 +97,16 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class SignedVerdict:
+    """A verdict that one seat has signed, as a portable statement."""
+
+    peer: PeerId
+    slot: int
+    body: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Offer:
     commitment: Commitment
 
@@ -123,6 +133,10 @@ class Certificate:
     @property
     def name(self) -> CertificateName:
         return CertificateName(self.verdict.slot, self.verdict.digest)
+
+    def signed(self) -> list[SignedVerdict]:
+        """What each signer has signed."""
+        return [SignedVerdict(peer, self.verdict.slot, self.verdict.body, by) for peer, by in self.signatures]
 
     @property
     def weight(self) -> int:
@@ -153,14 +167,23 @@ class Introduction:
 
 @dataclass(frozen=True)
 class Equivocation:
-    """Two different commitments that one peer signed for one slot."""
+    """Two different commitments, or two different verdicts, that one peer signed for one slot."""
 
-    first: Commitment
-    second: Commitment
+    first: Commitment | SignedVerdict
+    second: Commitment | SignedVerdict
 
     @property
     def peer(self) -> PeerId:
         return self.first.peer
+
+    @property
+    def slot(self) -> int:
+        return self.first.slot
+
+    @property
+    def body_bytes(self) -> int:
+        """About how long it is: verdicts with many contributions make it large."""
+        return len(self.first.body) + len(self.second.body)
 
 
 Message = Heartbeat | Offer | Proposal | Vote | Certificate | CertificateRequest | Goodbye | Equivocation | Introduction

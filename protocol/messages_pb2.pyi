@@ -495,29 +495,69 @@ Global___Offer: _TypeAlias = Offer  # noqa: Y015
 
 @_typing.final
 class Equivocation(_message.Message):
-    """Proof that a peer signed two contributions to one slot: whoever sees it bans the peer, whoever brings it."""
+    """Proof that a peer signed two contributions to one slot, or two verdicts on one: whoever sees it bans the peer, whoever
+    brings it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FIRST_FIELD_NUMBER: _builtins.int
     SECOND_FIELD_NUMBER: _builtins.int
+    FIRST_VERDICT_FIELD_NUMBER: _builtins.int
+    SECOND_VERDICT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def first(self) -> Global___SignedCommitment: ...
+    def first(self) -> Global___SignedCommitment:
+        """contributions, or"""
+
     @_builtins.property
     def second(self) -> Global___SignedCommitment: ...
+    @_builtins.property
+    def first_verdict(self) -> Global___SignedVerdict:
+        """verdicts"""
+
+    @_builtins.property
+    def second_verdict(self) -> Global___SignedVerdict: ...
     def __init__(
         self,
         *,
         first: Global___SignedCommitment | None = ...,
         second: Global___SignedCommitment | None = ...,
+        first_verdict: Global___SignedVerdict | None = ...,
+        second_verdict: Global___SignedVerdict | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "first_verdict", b"first_verdict", "second", b"second", "second_verdict", b"second_verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "first_verdict", b"first_verdict", "second", b"second", "second_verdict", b"second_verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Equivocation: _TypeAlias = Equivocation  # noqa: Y015
+
+@_typing.final
+class SignedVerdict(_message.Message):
+    """What one seat has signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    verdict: _builtins.bytes
+    """a serialised Verdict"""
+    @_builtins.property
+    def signature(self) -> Global___Signature: ...
+    def __init__(
+        self,
+        *,
+        verdict: _builtins.bytes = ...,
+        signature: Global___Signature | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedVerdict: _TypeAlias = SignedVerdict  # noqa: Y015
 
 @_typing.final
 class Share(_message.Message):

@@ -147,9 +147,11 @@ class Roster:
         """Never listen to this peer again in this run; False if it is banned already."""
         if proof.peer in self.banned:
             return False
-        if len(self.banned) >= limits.ROSTER_PEERS_MAX:
-            del self.banned[next(iter(self.banned))]  # the oldest; one that still misbehaves will be convicted again
         self.banned[proof.peer] = proof
+        size = sum(kept.body_bytes for kept in self.banned.values())
+        while len(self.banned) > limits.ROSTER_PEERS_MAX or size > limits.PROOFS_BYTES_MAX:
+            oldest = next(iter(self.banned))  # if it still misbehaves it will be convicted again
+            size -= self.banned.pop(oldest).body_bytes
         self._members.pop(proof.peer, None)
         return True
 

@@ -12,7 +12,7 @@ from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
-from braniac.protocol.messages import Certificate, Commitment, Message, Verdict, Vote
+from braniac.protocol.messages import Certificate, Commitment, Message, SignedVerdict, Verdict, Vote
 from braniac.protocol.roster import Roster, dialable
 from braniac.protocol.round import Phase, SlotRound
 
@@ -232,6 +232,12 @@ class Rounds:
             raise WireError(Refusal.STALE, f"a vote for slot {vote.slot}, which is over")
         return current.count(sender, vote)
 
+    def counted(self, sender: PeerId, vote: Vote) -> SignedVerdict:
+        """A vote that was counted, as a statement for others."""
+        verdict = self._rounds[vote.slot].verdict
+        assert verdict is not None
+        return SignedVerdict(sender, vote.slot, verdict.body, vote.signature)
+
     def repeat_proposals(self) -> None:
         """Ask the seats that have not voted once more."""
         for current in self._rounds.values():
@@ -255,6 +261,9 @@ class Rounds:
         edge = slot - 2 * limits.ROSTER_LIVE_SLOTS
         # A signer may have lapsed or begun to leave since: it is only outranked by those who could have had its seat.
         rivals = {m.peer for m in self._roster if m.peer in signers and m.heard_slot >= edge}
+        # Nor does a ban undo what was decided about then: some have taken a certificate that others have yet to get.
+        banned = self._roster.banned
+        rivals |= {p for p in signers if p in banned and abs(slot - banned[p].slot) <= self._manifest.window}
         if self._me in signers or dialable(self.unreachable_slot, slot):
             rivals.add(self._me)
         ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(self._candidates(slot)))

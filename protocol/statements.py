@@ -5,6 +5,7 @@ They are signed as the bytes they travel in and keep those bytes, so nothing has
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable
 from typing import TypeVar
@@ -16,7 +17,7 @@ from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.fields import digest_of, peer_of, require, signature_of, slot_of
 from braniac.protocol.identity import Identity, PeerId, verify
-from braniac.protocol.messages import Certificate, Commitment, Equivocation, Share, Verdict
+from braniac.protocol.messages import Certificate, Commitment, Equivocation, Share, SignedVerdict, Verdict
 
 _COMMITMENT = b"commitment"
 _VERDICT = b"verdict"
@@ -155,12 +156,43 @@ def certificate_in(message: pb.Certificate, run_id: bytes) -> Certificate:
     return Certificate(verdict, signatures)
 
 
+def equivocation_out(proof: Equivocation) -> pb.Equivocation:
+    """A proof as it travels and as it is stored."""
+    match proof:
+        case Equivocation(Commitment() as first, Commitment() as second):
+            return pb.Equivocation(first=signed_out(first), second=signed_out(second))
+        case Equivocation(SignedVerdict() as first, SignedVerdict() as second):
+            return pb.Equivocation(first_verdict=_signed_verdict_out(first), second_verdict=_signed_verdict_out(second))
+    raise AssertionError("a proof is of two statements of one kind")
+
+
 def equivocation_in(message: pb.Equivocation, run_id: bytes) -> Equivocation:
-    """Check a proof: two different commitments of one peer to one slot, both signed by it. Raises WireError."""
-    first, second = commitment_in(message.first, run_id), commitment_in(message.second, run_id)
-    require((first.peer, first.slot) == (second.peer, second.slot), "commitments that have nothing to do with another")
-    require(first.body != second.body, "the same commitment twice")
+    """Check a proof: two different statements of one kind and one peer on one slot, signed by it. Raises WireError."""
+    first: Commitment | SignedVerdict
+    second: Commitment | SignedVerdict
+    if message.HasField("first_verdict"):
+        first = _signed_verdict_in(message.first_verdict, run_id)
+        second = _signed_verdict_in(message.second_verdict, run_id)
+    else:
+        first, second = commitment_in(message.first, run_id), commitment_in(message.second, run_id)
+    require((first.peer, first.slot) == (second.peer, second.slot), "statements that have nothing to do with another")
+    require(first.body != second.body, "the same statement twice")
     return Equivocation(first, second)
+
+
+def _signed_verdict_out(signed: SignedVerdict) -> pb.SignedVerdict:
+    return pb.SignedVerdict(verdict=signed.body, signature=pb.Signature(peer=signed.peer, signature=signed.signature))
+
+
+def _signed_verdict_in(message: pb.SignedVerdict, run_id: bytes) -> SignedVerdict:
+    """Check who signed a verdict, not the verdict: it convicts its signer also if it is nonsense. Raises WireError."""
+    body = _parse(pb.Verdict, message.verdict)
+    if body.run_id != run_id:
+        raise WireError(Refusal.WRONG_RUN, "a verdict of another run")
+    peer, digest = peer_of(message.signature.peer), hashlib.sha256(message.verdict).digest()
+    if not verdict_signed_by(peer, digest, message.signature.signature):
+        raise WireError(Refusal.BAD_SIGNATURE, "a verdict that its signer did not sign")
+    return SignedVerdict(peer, slot_of(body.slot), message.verdict, message.signature.signature)
 
 
 def _parse(kind: type[_Statement], data: bytes) -> _Statement:

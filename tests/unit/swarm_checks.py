@@ -51,6 +51,10 @@ def acknowledged_and_listed(swarm: Swarm) -> None:
     assert checked > 0
 
 
+def banned_by(peer: Peer) -> set[bytes]:
+    return set(peer.engine.roster.banned)
+
+
 def reached(phase: str, owner: Peer, slot: int) -> bool:
     """Whether the owner stands in that phase of its slot."""
     seen = [type(event) for event in owner.log if getattr(event, "slot", None) == slot]

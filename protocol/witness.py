@@ -1,0 +1,30 @@
+"""What seats have signed, as far as this peer has seen: two different verdicts on one slot convict the seat.
+
+An owner that wants two updates for one slot needs its own signature under both, and each certificate goes to everybody.
+A seat that has signed one of them signs no other (round.py), also not after a restart (rounds.py), so whoever did lied.
+"""
+
+from __future__ import annotations
+
+from braniac.protocol.identity import PeerId
+from braniac.protocol.messages import Equivocation, SignedVerdict
+
+
+class Witness:
+    """The first verdict on each slot that each seat was seen to sign, while the slot may still change hands."""
+
+    def __init__(self) -> None:
+        self._signed: dict[tuple[int, PeerId], SignedVerdict] = {}
+
+    def contradiction(self, signed: SignedVerdict) -> Equivocation | None:
+        """The proof, if this seat was seen to sign something else for the same slot."""
+        known = self._signed.get((signed.slot, signed.peer))
+        return Equivocation(known, signed) if known is not None and known.body != signed.body else None
+
+    def note(self, signed: SignedVerdict) -> None:
+        """Remember what a seat has signed: only of those who could sign it, so that a slot takes little room."""
+        self._signed.setdefault((signed.slot, signed.peer), signed)
+
+    def forget(self, final_slot: int) -> None:
+        """Let go of what was signed up to a slot: nothing more can come of it."""
+        self._signed = {key: signed for key, signed in self._signed.items() if key[0] > final_slot}
