@@ -231,6 +231,7 @@ class Replica:
             peers=peers,
             parts=dict(self.parts),
         )
+        bans = engine.bans()
         blobs = {state.digest for state in self.anchors.values()} | engine.history.confirmed_blobs()
         blobs |= {offered[1]} if offered else set()
         in_use, edge = engine.history.blobs(), engine.slot - 2 * self.manifest.window
@@ -242,6 +243,10 @@ class Replica:
             else:
                 weights, optimizer = save_tensors(self._store, self.config, self.tier, snapshot)
                 whole, kept = {weights, optimizer}, replace(saved, weights=weights, optimizer=optimizer)
+            if bans:
+                proofs = self._store.put(bans)
+                kept = replace(kept, bans=proofs)
+                whole.add(proofs)
             content = to_content(kept, protocol)
             number = self._store.commit(content, whole | {b for b in blobs if self._store.has(b)})
             if sweep:

@@ -29,6 +29,7 @@ from braniac.node.store import DiskFull, Store
 from braniac.node.text import given_tokenizer, keep_tokenizer, run_tokenizer, text_source
 from braniac.node.trainer_thread import TrainerThread
 from braniac.protocol.engine import Engine
+from braniac.protocol.errors import WireError
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity, peer_id_text
 from braniac.protocol.manifest import Manifest
@@ -220,11 +221,21 @@ async def equip(
     engine = Engine(manifest, node.identity, tier, incarnation=membership.incarnation, now=now, history=history)
     for state in replica.anchors.values():
         engine.anchor_known(state)
+    if saved is not None and saved.bans is not None:
+        await _recall_bans(engine, node.store, saved.bans)
     thread.start()
     try:
         yield replica, engine
     finally:
         await asyncio.to_thread(thread.stop)
+
+
+async def _recall_bans(engine: Engine, store: Store, digest: bytes) -> None:
+    """Go on without those that were banned before."""
+    try:
+        engine.recall_bans(await asyncio.to_thread(store.get, digest))
+    except WireError as error:  # of another version: they will be convicted again
+        log.warning("cannot read who was banned", reason=str(error))
 
 
 async def _read_text(config: NodeConfig, manifest: Manifest, model: ModelConfig) -> Corpus:

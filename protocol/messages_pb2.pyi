@@ -534,6 +534,28 @@ class Equivocation(_message.Message):
 Global___Equivocation: _TypeAlias = Equivocation  # noqa: Y015
 
 @_typing.final
+class Proofs(_message.Message):
+    """As a node keeps them on its disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROOFS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def proofs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Equivocation]: ...
+    def __init__(
+        self,
+        *,
+        proofs: _abc.Iterable[Global___Equivocation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["proofs", b"proofs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Proofs: _TypeAlias = Proofs  # noqa: Y015
+
+@_typing.final
 class SignedVerdict(_message.Message):
     """What one seat has signed."""
 

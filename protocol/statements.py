@@ -21,7 +21,7 @@ from braniac.protocol.messages import Certificate, Commitment, Equivocation, Sha
 
 _COMMITMENT = b"commitment"
 _VERDICT = b"verdict"
-_Statement = TypeVar("_Statement", pb.Commitment, pb.Verdict)
+_Statement = TypeVar("_Statement", pb.Commitment, pb.Verdict, pb.Proofs)
 
 
 def make_commitment(
@@ -178,6 +178,16 @@ def equivocation_in(message: pb.Equivocation, run_id: bytes) -> Equivocation:
     require((first.peer, first.slot) == (second.peer, second.slot), "statements that have nothing to do with another")
     require(first.body != second.body, "the same statement twice")
     return Equivocation(first, second)
+
+
+def proofs_bytes(proofs: Iterable[Equivocation]) -> bytes:
+    """Proofs as they are stored."""
+    return pb.Proofs(proofs=map(equivocation_out, proofs)).SerializeToString()
+
+
+def open_proofs(data: bytes, run_id: bytes) -> list[Equivocation]:
+    """Inverse of `proofs_bytes`; each is checked again. Raises WireError."""
+    return [equivocation_in(proof, run_id) for proof in _parse(pb.Proofs, data).proofs]
 
 
 def _signed_verdict_out(signed: SignedVerdict) -> pb.SignedVerdict:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from braniac.protocol import events
+import pytest
+
+from braniac.protocol import events, statements
 from braniac.protocol.merge import Merged
+from braniac.protocol.messages import Equivocation
 from tests.sim.node import Life, Machine
 from tests.sim.training import FRAGMENTS
-from tests.sim.world import Plan, World, simulate
+from tests.sim.world import Plan, World, identity, simulate
 from tests.unit.swarm_checks import one_more
 
 WINDOW = FRAGMENTS
@@ -43,6 +46,14 @@ def merge_wrongly(life: Life) -> Callable[[], None]:
     return lambda: path.__dict__.pop("_merge_now")
 
 
+def lie_of(world: World) -> Equivocation:
+    """A proof against somebody who is not there any more."""
+    liar, run_id, slot = identity(world.seed, 99), world.manifest.run_id, world.slot
+    fragment = world.manifest.fragment_of(slot)
+    first, second = (statements.make_commitment(liar, run_id, slot, fragment, bytes(32), 9, w) for w in (1, 2))
+    return Equivocation(first, second)
+
+
 def found_out(machine: Machine) -> float:
     """How many wrong merges its node has not signed."""
     registry = life_of(machine).equipment.metrics.registry  # type: ignore[union-attr]
@@ -68,3 +79,24 @@ def test_an_owner_whose_update_is_not_what_it_merged() -> None:
         stop()
 
     tell(story, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("tier", [0, 2])
+def test_a_ban_survives_a_restart(tier: int) -> None:
+    """Also if nobody is there to repeat the proof."""
+
+    async def story(world: World) -> None:
+        await world.begin()
+        machine = world.machines[-1]
+        proof = lie_of(world)
+        life_of(machine).engine.roster.ban(proof)  # type: ignore[union-attr]
+        await world.slots(WINDOW)
+        life_of(machine).kill("power")
+        world.cut([machine], world.machines[:-1])
+        await world.until(lambda: machine.life is None, 1, 0.01)
+        machine.start()
+        await world.until(lambda: machine.life is not None and machine.life.daemon is not None, 8)
+        assert life_of(machine).engine.roster.banned == {proof.peer: proof}  # type: ignore[union-attr]
+        world.mend()
+
+    tell(story, 0, 0, tier)
