@@ -143,6 +143,10 @@ class Engine:
             self._repeat_at = now + self.manifest.slot_s / 4
             self._repeat()
 
+    def locate(self, peer: PeerId, network: str) -> None:
+        """Where a peer is connected from: a name that all peers of its network share, empty if that is private."""
+        self.roster.locate(peer, network)
+
     def introduce(self, peer: PeerId) -> None:
         """Somebody says this peer exists: greet it until it answers or enough was tried."""
         self._greetings.greet(peer, self._slot)

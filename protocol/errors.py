@@ -32,6 +32,7 @@ class Refusal(enum.StrEnum):
     EQUIVOCATION = "equivocation"  # two different signed statements about one (fragment, slot)
     CONFLICT = "conflict"  # a proposal that contradicts an earlier one
     WRONG_MERGE = "wrong_merge"  # a proposal whose update is not what its contributions make
+    CROWDED = "crowded"  # no place in this slot: too many of one network, or too many newcomers
     OVERLOADED = "overloaded"  # a queue is full, try later
     NOT_READY = "not_ready"  # this peer has not joined a run yet
 

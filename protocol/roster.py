@@ -64,6 +64,10 @@ class Member:
     gone: bool = False
     merged: int = 0
     """Contributions of this peer in certificates seen here."""
+    known_slot: int = 0
+    """Since when this peer knows it."""
+    network: str = ""
+    """The network of the Internet from which it is connected; empty if that is unknown or private."""
 
     def live(self, slot: int) -> bool:
         return not self.gone and self.heard_slot >= slot - limits.ROSTER_LIVE_SLOTS
@@ -129,11 +133,18 @@ class Roster:
             heartbeat.loss,
             heartbeat.version,
             merged=known.merged if known else 0,
+            known_slot=known.known_slot if known else slot,
+            network=known.network if known else "",
         )
         if known is not None:
             member.heard_slot = max(member.heard_slot, known.heard_slot)
         self._members[peer] = member
         return member, returned
+
+    def locate(self, peer: PeerId, network: str) -> None:
+        """A peer was seen to be connected from this network."""
+        if member := self._members.get(peer):
+            member.network = network
 
     def leave(self, peer: PeerId, sequence: int) -> bool:
         """The peer said goodbye; False if it was heard again since."""

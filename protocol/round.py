@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from braniac.protocol import committee as seats
 from braniac.protocol import limits, statements
+from braniac.protocol.admission import Places
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.merge import Merged
@@ -41,6 +42,7 @@ class SlotRound:
     fragment: int
     committee: tuple[PeerId, ...]
     me: PeerId
+    places: Places
     phase: Phase = Phase.COLLECTING
     commitments: dict[PeerId, Commitment] = field(default_factory=dict)
     payloads: set[bytes] = field(default_factory=set)
@@ -152,7 +154,7 @@ class SlotRound:
 
     def count(self, sender: PeerId, vote: Vote) -> Certificate | None:
         """A vote for this owner's proposal: the certificate, once a majority has signed. Raises WireError."""
-        if self.verdict is None or vote.verdict_digest != self.verdict.digest:
+        if not self.owned or self.verdict is None or vote.verdict_digest != self.verdict.digest:
             raise WireError(Refusal.CONFLICT, "a vote for something that was not proposed")
         if sender not in self.committee:
             raise WireError(Refusal.NOT_COMMITTEE, "a vote from outside the committee")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable
 
 from braniac.protocol import committee as seats
 from braniac.protocol import events, limits, messages, statements
+from braniac.protocol.admission import Places
+from braniac.protocol.checking import Checking
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest
@@ -45,8 +46,7 @@ class Rounds:
         self.unreachable_slot = 0
         """Since when others cannot dial this peer; 0: they can."""
         self._closed_at = float("-inf")
-        self._distrusted: dict[PeerId, int] = {}
-        """Owners that proposed a wrong merge, and for which slot: whatever they propose is merged again."""
+        self._checking = Checking(identity, manifest.run_id)
 
     def begin_slot(self, slot: int) -> int:
         """Enter `slot`: the slot whose time for a certificate is over now."""
@@ -98,8 +98,22 @@ class Rounds:
         if commitment.payload_bytes > self._manifest.contribution_bytes_max(commitment.fragment):
             raise WireError(Refusal.OVERSIZE, f"a contribution of {commitment.payload_bytes} bytes")
         current = self._seat(commitment.slot)
+        if commitment.peer not in current.commitments and not self._has_place(current, commitment.peer):
+            raise WireError(Refusal.CROWDED, "no place for it in this slot")
         if current.commit(commitment):
             self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, (commitment.peer,)))
+
+    def _has_place(self, current: SlotRound, peer: PeerId) -> bool:
+        """Whether a contribution of `peer` is taken, as far as this seat decides that."""
+        if not current.owned or peer == self._me:
+            return True
+        wanting = (
+            member
+            for member in self._roster
+            if self._manifest.holds(member.tier, current.fragment)
+            and (member.live(current.slot) or member.peer == peer)
+        )
+        return current.places.admit(peer, wanting, current.commitments)
 
     def contradiction(self, commitment: Commitment) -> messages.Equivocation | None:
         """The proof, if its peer has announced something else for the same slot."""
@@ -129,7 +143,8 @@ class Rounds:
     def _try_close(self, current: SlotRound, now: float) -> None:
         """If this peer owns the slot and it is time, ask for the merge."""
         slot, fragment = current.slot, current.fragment
-        expected = [m.peer for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment)]
+        holders = [m.peer for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment)]
+        expected = [peer for peer in holders if self._has_place(current, peer)]
         if self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and slot > self._start_slot:
             expected.append(self._me)
         if current.may_close(expected, overdue=now >= self._overdue_at(slot)):
@@ -172,25 +187,13 @@ class Rounds:
         if verdict.update_bytes > self._manifest.update_bytes_max(verdict.fragment):
             raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
         current.consider(sender, verdict)
-        if current.voted is not None or not self._looks(verdict):
+        if current.voted is not None or not self._checking.looks_at(verdict):
             return self._vote(current)
         for commitment in current.missing():
             # The owner must have it; the contributor might keep it from the seats, to stop the slot.
             holders = tuple(dict.fromkeys((verdict.owner, commitment.peer)))
             self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, holders))
         self._recompute(current)
-
-    def _looks(self, verdict: Verdict) -> bool:
-        """Whether this seat recomputes a merge: always one of few contributions, of larger ones a share.
-
-        Nobody can tell which: the lot is drawn from a signature that only this peer can make, and that it shows nobody.
-        """
-        count = len(verdict.shares)
-        if count <= limits.CHECKED_CONTRIBUTIONS or verdict.owner in self._distrusted:
-            return True
-        secret = self._identity.sign(b"check", self._manifest.run_id + verdict.slot.to_bytes(8))
-        lot = int.from_bytes(hashlib.sha256(secret).digest()[:8])
-        return lot * count < limits.CHECKED_CONTRIBUTIONS << 64
 
     def _recompute(self, current: SlotRound) -> None:
         """If a proposal waits for it and its payloads are here, ask for the merge."""
@@ -211,9 +214,7 @@ class Rounds:
             return
         current.wrong = True
         owner = current.committee[0]
-        if len(self._distrusted) >= limits.DISTRUSTED_MAX:
-            del self._distrusted[next(iter(self._distrusted))]
-        self._distrusted[owner] = slot
+        self._checking.distrust(owner, slot)
         self._emit(events.WrongMerge(owner, slot))
 
     def check_failed(self, slot: int) -> None:
@@ -277,7 +278,8 @@ class Rounds:
             if self._me not in committee:
                 raise WireError(Refusal.NOT_COMMITTEE, f"this peer has no seat in slot {slot}")
             fragment = self._manifest.fragment_of(slot)
-            self._rounds[slot] = SlotRound(self._manifest.run_id, slot, fragment, committee, self._me)
+            places = Places(self._manifest.run_id, slot, self._manifest.window)
+            self._rounds[slot] = SlotRound(self._manifest.run_id, slot, fragment, committee, self._me, places)
         return self._rounds[slot]
 
     def _tier_of(self, peer: PeerId) -> int | None:

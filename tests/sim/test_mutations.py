@@ -15,11 +15,11 @@ from braniac.node.datapath import DataPath
 from braniac.node.replica import Replica
 from braniac.protocol import codec, events, ledger
 from braniac.protocol.agreement import Agreement
+from braniac.protocol.checking import Checking
 from braniac.protocol.engine import Engine
 from braniac.protocol.errors import WireError
 from braniac.protocol.history import History
 from braniac.protocol.round import Phase, SlotRound
-from braniac.protocol.rounds import Rounds
 from tests.sim.faults import HOUR_S, Mix
 from tests.sim.world import Plan, simulate
 from tests.unit.swarm_checks import one_more
@@ -106,7 +106,7 @@ def sign_without_merging(patch: Patch) -> None:
         return false
 
     patch.setattr(DataPath, "_merge_now", generous)
-    patch.setattr(Rounds, "_looks", lambda self, verdict: False)
+    patch.setattr(Checking, "looks_at", lambda self, verdict: False)
 
 
 def count_no_starts(patch: Patch) -> None:
