@@ -59,7 +59,7 @@ class DataPath:
         self._incarnation = incarnation
         self._joined = joined
         self._wake = wake
-        self._blobs = Blobs(node.store, node.exchange, node.metrics)
+        self._blobs = Blobs(node.store, node.exchange, node.metrics, node.clock)
         self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState | _Save] = asyncio.Queue()
         self._fetching: set[bytes] = set()
         self._bar: DownloadBar | None = None

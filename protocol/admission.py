@@ -2,8 +2,8 @@
 
 Identities are free, so one person may bring many. Networks are less so: each gets a few places. And peers known for a
 short time get no more places than there are peers known for longer, and always a few; if all are new nobody is, so a
-young swarm loses nothing. Among rivals lots decide, others in each slot, so that all get their turn. Whoever has no
-place keeps its work and offers it again.
+young swarm loses nothing. Among rivals lots decide, others in each slot, so that all get their turn, after those that
+have announced payloads in vain. Whoever has no place keeps its work and offers it again.
 
 Only the owner looks at this, with its own eyes: the other seats may see other networks, and sign what it proposes.
 """
@@ -43,7 +43,7 @@ class Places:
     def _choose(self, members: list[Member], taken: Collection[PeerId]) -> set[PeerId]:
         veterans = sum(member.known_slot <= self._known_since for member in members)
         newcomers_max = max(limits.NEWCOMER_PLACES, veterans) if veterans else len(members)
-        ranked = sorted(members, key=lambda m: (m.peer in taken, score(self._run_id, self._slot, m.peer)), reverse=True)
+        ranked = sorted(members, key=lambda member: self._rank(member, taken), reverse=True)
         of_network: Counter[str] = Counter()
         newcomers = 0
         admitted: set[PeerId] = set()
@@ -56,3 +56,6 @@ class Places:
             newcomers += new
             admitted.add(member.peer)
         return admitted
+
+    def _rank(self, member: Member, taken: Collection[PeerId]) -> tuple[bool, int, bytes]:
+        return member.peer in taken, -member.undelivered, score(self._run_id, self._slot, member.peer)

@@ -6,7 +6,7 @@ from when they arrived, so peers that heard the same heartbeats agree on the com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from braniac.protocol import limits
@@ -64,6 +64,8 @@ class Member:
     gone: bool = False
     merged: int = 0
     """Contributions of this peer in certificates seen here."""
+    undelivered: int = 0
+    """How many payloads it has announced to this owner and not delivered since it last did."""
     known_slot: int = 0
     """Since when this peer knows it."""
     network: str = ""
@@ -133,6 +135,7 @@ class Roster:
             heartbeat.loss,
             heartbeat.version,
             merged=known.merged if known else 0,
+            undelivered=known.undelivered if known else 0,
             known_slot=known.known_slot if known else slot,
             network=known.network if known else "",
         )
@@ -145,6 +148,12 @@ class Roster:
         """A peer was seen to be connected from this network."""
         if member := self._members.get(peer):
             member.network = network
+
+    def note_deliveries(self, announced: Iterable[PeerId], delivered: Collection[PeerId]) -> None:
+        """Which of the peers that announced a payload have delivered it."""
+        for peer in announced:
+            if member := self._members.get(peer):
+                member.undelivered = 0 if peer in delivered else member.undelivered + 1
 
     def leave(self, peer: PeerId, sequence: int) -> bool:
         """The peer said goodbye; False if it was heard again since."""

@@ -153,6 +153,7 @@ class Rounds:
     def _close(self, current: SlotRound) -> None:
         current.phase = Phase.MERGING
         arrived = tuple((c.peer, c.weight, c.payload_digest) for c in current.arrived())
+        self._roster.note_deliveries(current.commitments, {peer for peer, _, _ in arrived})
         self._emit(events.MergeDue(current.slot, current.fragment, arrived))
 
     def merged(self, slot: int, merged: Merged | None) -> Certificate | None:

@@ -67,6 +67,27 @@ def test_to_a_young_peer_nobody_is_new() -> None:
     assert len(admitted(members)) == 50
 
 
+def test_who_announced_in_vain_comes_after_the_others() -> None:
+    crowd = [member(n, network="203.0.114.0/24") for n in range(6)]
+    crowd[0].undelivered = crowd[1].undelivered = 1
+    for slot in range(100, 110):
+        assert admitted(crowd, slot=slot) == {m.peer for m in crowd[2:]}
+
+
+def test_what_is_announced_and_not_delivered_is_remembered_until_something_is() -> None:
+    swarm = Swarm.running([0] * 3)
+    miser = swarm.peers[2]
+    honest_offer = miser._offer
+    miser._offer = lambda slot, f: miser.engine.offer(slot, hashlib.sha256(b"%d" % slot).digest(), 9, 5)  # type: ignore
+    swarm.run(6)
+    counts = [peer.engine.roster.get(miser.id).undelivered for peer in swarm.peers[:2]]  # type: ignore[union-attr]
+    assert sum(counts) > 0
+    miser._offer = honest_offer  # type: ignore[method-assign]
+    swarm.run(12)
+    counts = [peer.engine.roster.get(miser.id).undelivered for peer in swarm.peers[:2]]  # type: ignore[union-attr]
+    assert counts == [0, 0]
+
+
 def test_who_has_a_place_keeps_it_when_others_turn_up() -> None:
     crowd = [member(n, network="203.0.114.0/24") for n in range(12)]
     places = Places(RUN, 100, WINDOW)
