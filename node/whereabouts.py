@@ -1,4 +1,4 @@
-"""From which networks peers are connected, as our own transport sees it; the engine gives each network a few places.
+"""From which networks peers are connected, as our own transport sees it: each network has few places in a slot.
 
 A network is a /24 of IPv4 or a /48 of IPv6: about what one customer of a provider can have. Private addresses and this
 machine's own are no network, so a swarm at home or in a laboratory is not limited. Nor is who comes through a relay,
@@ -19,7 +19,7 @@ _PREFIX_BITS = {4: 24, 6: 48}
 
 
 class Whereabouts:
-    """Tells the engine where its peers are."""
+    """Tells an engine where its peers are."""
 
     def __init__(self, engine: Engine, seen_from: Callable[[PeerId], Awaitable[Sequence[str]]]) -> None:
         """See Transport for `seen_from`."""
@@ -37,7 +37,7 @@ class Whereabouts:
         """Look where one peer is; if it is not connected now, what was seen before stays."""
         with contextlib.suppress(Unreachable):
             if hosts := await self._seen_from(peer):
-                self._engine.locate(peer, network_of(hosts))
+                self._engine.roster.locate(peer, network_of(hosts))
 
 
 def network_of(hosts: Iterable[str]) -> str:

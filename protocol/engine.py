@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
-from braniac.protocol import events, limits, messages, statements, wire
+from braniac.protocol import events, limits, messages, wire
 from braniac.protocol.agreement import Agreement
 from braniac.protocol.certificates import Certificates
 from braniac.protocol.errors import Refusal, WireError
@@ -143,10 +143,6 @@ class Engine:
             self._repeat_at = now + self.manifest.slot_s / 4
             self._repeat()
 
-    def locate(self, peer: PeerId, network: str) -> None:
-        """Where a peer is connected from: a name that all peers of its network share, empty if that is private."""
-        self.roster.locate(peer, network)
-
     def introduce(self, peer: PeerId) -> None:
         """Somebody says this peer exists: greet it until it answers or enough was tried."""
         self._greetings.greet(peer, self._slot)
@@ -267,15 +263,6 @@ class Engine:
         if offered is not None:
             stored["offers"][str(offered[0])] = offered[1].hex()
         return stored
-
-    def bans(self) -> bytes:
-        """What a generation must keep of the proofs against banned peers; empty if there are none."""
-        return statements.proofs_bytes(self.roster.banned.values())
-
-    def recall_bans(self, stored: bytes) -> None:
-        """At start: these peers were banned before. Raises WireError if that is not what `bans` has said."""
-        for proof in statements.open_proofs(stored, self.manifest.run_id):
-            self.roster.ban(proof)
 
     # --- time --------------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ NEWCOMER_WINDOWS = 4  # how long that is
 ADMISSION_LOOKS = 4  # how often the places of a slot are given away anew because somebody else turned up
 CERTIFICATE_RANK_MAX = 6  # a signer must be this high among the peers that could have had its seat
 INTRODUCED_MAX = 64  # peers named to a newcomer
+WITNESSED_SIGNERS_MAX = 16  # of a slot, whose verdicts are remembered
 PROOFS_BYTES_MAX = 1 << 22  # of proofs against banned peers that are kept
 REPLAY_WINDOW = 1024  # sequence numbers remembered per peer
 ADDRESSES_MAX = 8

@@ -145,7 +145,7 @@ class Roster:
         return member, returned
 
     def locate(self, peer: PeerId, network: str) -> None:
-        """A peer was seen to be connected from this network."""
+        """A peer was seen to be connected from this network of the Internet; empty if it is private."""
         if member := self._members.get(peer):
             member.network = network
 

@@ -187,6 +187,7 @@ def proofs_bytes(proofs: Iterable[Equivocation]) -> bytes:
 
 def open_proofs(data: bytes, run_id: bytes) -> list[Equivocation]:
     """Inverse of `proofs_bytes`; each is checked again. Raises WireError."""
+    require(len(data) <= 2 * limits.PROOFS_BYTES_MAX, "too many proofs")
     return [equivocation_in(proof, run_id) for proof in _parse(pb.Proofs, data).proofs]
 
 

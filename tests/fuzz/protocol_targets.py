@@ -15,7 +15,7 @@ from braniac.protocol.codec import CodecRules, Sparse, TileLayout
 from braniac.protocol.errors import IdentityError, ManifestError, WireError
 from braniac.protocol.identity import PeerId, peer_id_from_text, peer_id_text
 from braniac.protocol.manifest import open_manifest, sign_manifest
-from braniac.protocol.messages import Message
+from braniac.protocol.messages import Equivocation, Message
 from tests.fuzz.target import Target
 from tests.unit.swarm_harness import identity, make_manifest
 from tests.unit.test_protocol_codec import assert_legal, vector_of
@@ -162,6 +162,22 @@ def certificate_target(data: bytes) -> bool:
     return True
 
 
+def proofs(data: bytes) -> bool:
+    """Proofs against peers, as a node keeps them."""
+    try:
+        found = statements.open_proofs(data, RUN)
+    except WireError:
+        return False
+    assert all(proof.first.body != proof.second.body for proof in found)
+    assert statements.open_proofs(statements.proofs_bytes(found), RUN) == found
+    return True
+
+
+def proofs_seeds() -> Iterable[bytes]:
+    kinds = [message for message in MESSAGES.values() if isinstance(message, Equivocation)]
+    return [statements.proofs_bytes(kinds), statements.proofs_bytes(kinds[:1])]
+
+
 def _with_signatures(body: pb.Verdict) -> bytes:
     for share in body.shares:
         with suppress(DecodeError):
@@ -222,6 +238,7 @@ TARGETS = {
         lambda: [statements.certificate_bytes(certificate(signers=signers)) for signers in ((0, 2), (0, 1, 2), (0,))],
         2048,
     ),
+    "proofs": Target(proofs, proofs_seeds, 2048),
     "manifest": Target(manifest, manifest_seeds),
     "peer_id": Target(peer_id, lambda: [peer_id_text(person.peer_id).encode() for person in PEOPLE], 80),
 }

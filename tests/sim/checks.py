@@ -177,6 +177,7 @@ class Checks:
             "certificates": (len(engine.history._entries), horizon),
             "offers": (len(engine.history.offers), horizon),
             "open rounds": (len(engine._rounds._rounds), limits.PROPOSAL_OPEN_SLOTS + 4),
+            "witnessed slots": (len(engine._witness._signed), manifest.window + 2),
             "members": (len(engine.roster), len(self._world.machines)),
             "events": (len(engine._events), _EVENTS_MAX),
             "jobs": (daemon.path._ordered.qsize(), _JOBS_MAX + 4 * manifest.window),

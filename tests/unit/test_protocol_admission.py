@@ -121,7 +121,7 @@ def appear(swarm: Swarm) -> None:
     for peer in swarm.peers:
         for n in range(SYBILS):
             assert refusal_of(peer, 1000 + n, heartbeat) is None
-            peer.engine.locate(identity(1000 + n).peer_id, "203.0.114.0/24")
+            peer.engine.roster.locate(identity(1000 + n).peer_id, "203.0.114.0/24")
 
 
 def flood(swarm: Swarm, owner: Peer, slot: int) -> Counter[Refusal | None]:
@@ -140,7 +140,7 @@ def test_64_sybils_of_one_network_among_16_honest_peers() -> None:
     swarm = Swarm.running([0] * HONEST)
     for peer in swarm.peers:
         for other in swarm.peers:
-            peer.engine.locate(other.id, f"198.51.{other.number}.0/24")
+            peer.engine.roster.locate(other.id, f"198.51.{other.number}.0/24")
     first = swarm.slot + 1
     for slot in range(first, first + 2):
         swarm.run_until(swarm.manifest.slot_start(slot) - 0.3)
@@ -170,7 +170,7 @@ def test_without_a_network_they_are_still_new() -> None:
     appear(swarm)
     for peer in swarm.peers:
         for n in range(SYBILS):
-            peer.engine.locate(identity(1000 + n).peer_id, "")
+            peer.engine.roster.locate(identity(1000 + n).peer_id, "")
     slot = swarm.slot + 1
     owner = owner_of(swarm, slot)
     swarm.run_until(swarm.manifest.slot_start(slot) + 0.001)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from braniac.protocol import events, limits, messages, wire
 from braniac.protocol.errors import Refusal
 from braniac.protocol.messages import Certificate
+from braniac.protocol.witness import Witness
 from tests.unit.swarm_checks import (
     SEQUENCE,
     WINDOW,
@@ -19,7 +22,7 @@ from tests.unit.swarm_checks import (
     seats_of,
     stop_certificates,
 )
-from tests.unit.swarm_harness import Peer, Swarm
+from tests.unit.swarm_harness import Peer, Swarm, identity
 
 
 def hand(source: Peer, certificate: Certificate, to: list[Peer]) -> None:
@@ -99,9 +102,26 @@ def test_restarts_convict_nobody() -> None:
 def test_what_was_seen_is_forgotten_when_slots_are_final() -> None:
     swarm = Swarm.running([0] * 4, slots=4 * WINDOW)
     for peer in swarm.peers:
-        slots = {slot for slot, _ in peer.engine._witness._signed}
+        slots = set(peer.engine._witness._signed)
         assert slots
         assert min(slots) > swarm.slot - WINDOW - 1
+
+
+def test_a_slot_takes_little_room() -> None:
+    """However many names certificates bring, and however old the slots they are about."""
+    witness = Witness()
+    witness.forget(10)
+    for slot in (10, 11, 12):
+        for n in range(40):
+            witness.note(messages.SignedVerdict(identity(n).peer_id, slot, b"body", b"signature"))
+    assert {slot: len(signed) for slot, signed in witness._signed.items()} == {
+        11: limits.WITNESSED_SIGNERS_MAX,
+        12: limits.WITNESSED_SIGNERS_MAX,
+    }
+    other = messages.SignedVerdict(identity(0).peer_id, 11, b"another body", b"signature")
+    assert witness.contradiction(other) is not None
+    assert witness.contradiction(replace(other, slot=13)) is None
+    assert witness.contradiction(replace(other, body=b"body")) is None
 
 
 def test_a_proof_convinces_whoever_gets_it_and_only_of_that_peer() -> None:
