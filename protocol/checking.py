@@ -23,7 +23,7 @@ class Checking:
 
     def looks_at(self, verdict: Verdict) -> bool:
         """Whether this proposal is to be merged again."""
-        count = len(verdict.shares)
+        count = len(verdict.commitments)
         if count <= limits.CHECKED_CONTRIBUTIONS or verdict.owner in self._distrusted:
             return True
         secret = self._identity.sign(b"check", self._run_id + verdict.slot.to_bytes(8))

@@ -73,7 +73,7 @@ class Engine:
         self._certificates = Certificates(
             manifest, self.me, tier, start, history, self._agreement, self.roster, self._rounds, self._outbox, emit
         )
-        self._witness = Witness()
+        self._witness = Witness(start - manifest.window)
         self._inbox = Inbox(
             manifest,
             self.me,

@@ -69,7 +69,7 @@ class Inbox:
                 self._check_honest([commitment], slot)
                 self._rounds.note_commitment(commitment)
             case messages.Proposal(verdict):
-                self._check_honest([share.commitment for share in verdict.shares], slot)
+                self._check_honest(verdict.commitments, slot)
                 self._rounds.check_proposal(sender, verdict)
             case messages.Vote():
                 certificate = self._rounds.count_vote(sender, message)

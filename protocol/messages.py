@@ -81,7 +81,14 @@ class Verdict:
     shares: tuple[Share, ...]
     update_digest: bytes
     update_bytes: int
+    refused: tuple[Commitment, ...]
+    """Contributions that the owner had and that were not admissible beside the others."""
     body: bytes = field(repr=False)
+
+    @property
+    def commitments(self) -> list[Commitment]:
+        """All that was merged or refused: who has their payloads can merge them again."""
+        return [*(share.commitment for share in self.shares), *self.refused]
 
     @property
     def digest(self) -> bytes:

@@ -618,6 +618,7 @@ class Verdict(_message.Message):
     SHARES_FIELD_NUMBER: _builtins.int
     UPDATE_DIGEST_FIELD_NUMBER: _builtins.int
     UPDATE_BYTES_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     slot: _builtins.int
     fragment: _builtins.int
@@ -631,6 +632,10 @@ class Verdict(_message.Message):
     def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Share]:
         """in ascending order of peer id"""
 
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedCommitment]:
+        """merged with the others and not admitted; in ascending order of peer id"""
+
     def __init__(
         self,
         *,
@@ -641,10 +646,11 @@ class Verdict(_message.Message):
         shares: _abc.Iterable[Global___Share] | None = ...,
         update_digest: _builtins.bytes = ...,
         update_bytes: _builtins.int = ...,
+        refused: _abc.Iterable[Global___SignedCommitment] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committee", b"committee", "fragment", b"fragment", "run_id", b"run_id", "shares", b"shares", "slot", b"slot", "update_bytes", b"update_bytes", "update_digest", b"update_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committee", b"committee", "fragment", b"fragment", "refused", b"refused", "run_id", b"run_id", "shares", b"shares", "slot", b"slot", "update_bytes", b"update_bytes", "update_digest", b"update_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

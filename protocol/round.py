@@ -93,13 +93,19 @@ class SlotRound:
         present = {commitment.peer for commitment in self.arrived()}
         return bool(present) and (overdue or present >= set(expected))
 
-    def propose(self, identity: Identity, clips: dict[PeerId, int], update_digest: bytes, update_bytes: int) -> Verdict:
+    def propose(self, identity: Identity, merged: Merged) -> Verdict:
         """The merge is done: write the verdict and sign it first."""
         assert self.owned
         assert self.phase is Phase.MERGING
-        shares = [Share(self.commitments[peer], clip) for peer, clip in clips.items()]
         self.verdict = statements.make_verdict(
-            self.run_id, self.slot, self.fragment, self.committee, shares, update_digest, update_bytes
+            self.run_id,
+            self.slot,
+            self.fragment,
+            self.committee,
+            [Share(self.commitments[peer], clip) for peer, clip in merged.admitted],
+            merged.digest,
+            len(merged.update),
+            [self.commitments[peer] for peer, _ in merged.refused],
         )
         self.phase = Phase.PROPOSED
         self.votes[self.me] = self.sign(identity, self.verdict).signature
@@ -113,16 +119,16 @@ class SlotRound:
             raise WireError(Refusal.CONFLICT, f"something else was proposed for slot {self.slot}")
         if self.wrong:
             raise WireError(Refusal.WRONG_MERGE, f"not what the contributions to slot {self.slot} make")
-        for share in verdict.shares:
-            if share.commitment.peer in self.excluded:
+        for commitment in verdict.commitments:
+            if commitment.peer in self.excluded:
                 raise WireError(Refusal.EQUIVOCATION, "a proposal with a contribution of a banned peer")
             # Remembered, so that another announcement of the same peer shows as a contradiction.
-            self.commitments.setdefault(share.commitment.peer, share.commitment)
+            self.commitments.setdefault(commitment.peer, commitment)
         self.verdict = verdict
 
     def proposed(self) -> list[Commitment]:
-        """The contributions in the proposal."""
-        return [share.commitment for share in self.verdict.shares] if self.verdict is not None else []
+        """The contributions that the proposal was made of."""
+        return self.verdict.commitments if self.verdict is not None else []
 
     def missing(self) -> list[Commitment]:
         """Those whose payload is not here yet."""
@@ -139,7 +145,8 @@ class SlotRound:
         if merged is None:
             return False
         same = (merged.digest, len(merged.update)) == (self.verdict.update_digest, self.verdict.update_bytes)
-        return same and dict(merged.admitted) == {s.commitment.peer: s.clip for s in self.verdict.shares}
+        refused = {peer for peer, _ in merged.refused} == {commitment.peer for commitment in self.verdict.refused}
+        return same and refused and dict(merged.admitted) == {s.commitment.peer: s.clip for s in self.verdict.shares}
 
     def give_up_check(self) -> None:
         """The payloads could not be read: they are to be fetched once more."""

@@ -92,16 +92,20 @@ class Rounds:
     def note_commitment(self, commitment: Commitment) -> None:
         """A contribution was announced to this seat. Raises WireError."""
         self._check_slot(commitment.slot, commitment.fragment)
-        tier = self._tier_of(commitment.peer)
-        if tier is None or not self._manifest.holds(tier, commitment.fragment):
-            raise WireError(Refusal.UNKNOWN_PEER, "a contribution of a peer that does not hold the fragment")
-        if commitment.payload_bytes > self._manifest.contribution_bytes_max(commitment.fragment):
-            raise WireError(Refusal.OVERSIZE, f"a contribution of {commitment.payload_bytes} bytes")
+        self._check_contribution(commitment)
         current = self._seat(commitment.slot)
         if commitment.peer not in current.commitments and not self._has_place(current, commitment.peer):
             raise WireError(Refusal.CROWDED, "no place for it in this slot")
         if current.commit(commitment):
             self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, (commitment.peer,)))
+
+    def _check_contribution(self, commitment: Commitment) -> None:
+        """Might its peer make it, and is it no larger than it may be? Raises WireError."""
+        tier = self._tier_of(commitment.peer)
+        if tier is None or not self._manifest.holds(tier, commitment.fragment):
+            raise WireError(Refusal.UNKNOWN_PEER, "a contribution of a peer that does not hold the fragment")
+        if commitment.payload_bytes > self._manifest.contribution_bytes_max(commitment.fragment):
+            raise WireError(Refusal.OVERSIZE, f"a contribution of {commitment.payload_bytes} bytes")
 
     def _has_place(self, current: SlotRound, peer: PeerId) -> bool:
         """Whether a contribution of `peer` is taken, as far as this seat decides that."""
@@ -164,13 +168,13 @@ class Rounds:
         if merged is None:
             current.phase = Phase.ABANDONED
             return None
-        if any(peer in current.excluded for peer, _ in merged.admitted):
+        if any(peer in current.excluded for peer, _ in (*merged.admitted, *merged.refused)):
             # Somebody was banned while the merge ran: once more without them, if anybody is left.
             current.phase = Phase.COLLECTING
             if current.may_close((), overdue=True):
                 self._close(current)
             return None
-        verdict = current.propose(self._identity, dict(merged.admitted), merged.digest, len(merged.update))
+        verdict = current.propose(self._identity, merged)
         for peer in current.silent():
             self._send(peer, messages.Proposal(verdict))
         return current.certificate()
@@ -181,10 +185,8 @@ class Rounds:
         if verdict.slot <= self._start_slot:
             raise WireError(Refusal.NOT_READY, "this peer may have signed for that slot before it was restarted")
         current = self._seat(verdict.slot)
-        for share in verdict.shares:
-            tier = self._tier_of(share.commitment.peer)
-            if tier is None or not self._manifest.holds(tier, verdict.fragment):
-                raise WireError(Refusal.UNKNOWN_PEER, "a proposal with a contribution of an unknown peer")
+        for commitment in verdict.commitments:
+            self._check_contribution(commitment)
         if verdict.update_bytes > self._manifest.update_bytes_max(verdict.fragment):
             raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
         current.consider(sender, verdict)

@@ -49,9 +49,11 @@ def make_verdict(
     shares: Iterable[Share],
     update_digest: bytes,
     update_bytes: int,
+    refused: Iterable[Commitment] = (),
 ) -> Verdict:
-    """Write down what the committee is to sign; shares are put in order of peer id."""
+    """Write down what the committee is to sign; shares and what was refused are put in order of peer id."""
     ordered = tuple(sorted(shares, key=lambda share: share.commitment.peer))
+    left_out = tuple(sorted(refused, key=lambda commitment: commitment.peer))
     body = pb.Verdict(
         run_id=run_id,
         slot=slot,
@@ -60,8 +62,9 @@ def make_verdict(
         shares=[pb.Share(commitment=signed_out(s.commitment), clip=s.clip) for s in ordered],
         update_digest=update_digest,
         update_bytes=update_bytes,
+        refused=map(signed_out, left_out),
     ).SerializeToString(deterministic=True)
-    return Verdict(slot, fragment, committee, ordered, update_digest, update_bytes, body)
+    return Verdict(slot, fragment, committee, ordered, update_digest, update_bytes, left_out, body)
 
 
 def sign_verdict(identity: Identity, digest: bytes) -> bytes:
@@ -127,16 +130,19 @@ def verdict_in(data: bytes, run_id: bytes) -> Verdict:
     committee = tuple(map(peer_of, body.committee))
     require(1 <= len(committee) <= limits.COMMITTEE_SIZE, "a committee of the wrong size")
     require(len(set(committee)) == len(committee), "a peer with two seats")
-    require(1 <= len(body.shares) <= limits.CONTRIBUTIONS_PER_SLOT_MAX, "no contribution, or too many")
+    count = len(body.shares) + len(body.refused)
+    require(1 <= len(body.shares) <= count <= limits.CONTRIBUTIONS_PER_SLOT_MAX, "no contribution, or too many")
     require(0 < body.update_bytes <= limits.BLOB_BYTES_MAX, "an update size out of range")
     shares = tuple(Share(commitment_in(share.commitment, run_id), share.clip) for share in body.shares)
-    peers = [share.commitment.peer for share in shares]
-    require(all(a < b for a, b in itertools.pairwise(peers)), "contributions out of order or doubled")
-    for share in shares:
-        require(0 <= share.clip <= limits.CLIP_ONE, "a clip factor out of range")
-        same = share.commitment.slot == slot and share.commitment.fragment == body.fragment
-        require(same, "a contribution to another slot")
-    return Verdict(slot, body.fragment, committee, shares, digest_of(body.update_digest), body.update_bytes, data)
+    require(all(0 <= share.clip <= limits.CLIP_ONE for share in shares), "a clip factor out of range")
+    refused = tuple(commitment_in(commitment, run_id) for commitment in body.refused)
+    digest = digest_of(body.update_digest)
+    verdict = Verdict(slot, body.fragment, committee, shares, digest, body.update_bytes, refused, data)
+    require(all((c.slot, c.fragment) == (slot, body.fragment) for c in verdict.commitments), "of another slot")
+    for group in ([share.commitment.peer for share in shares], [commitment.peer for commitment in refused]):
+        require(all(a < b for a, b in itertools.pairwise(group)), "contributions out of order or doubled")
+    require(len({c.peer for c in verdict.commitments}) == count, "a contribution both admitted and refused")
+    return verdict
 
 
 def certificate_in(message: pb.Certificate, run_id: bytes) -> Certificate:

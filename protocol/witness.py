@@ -14,9 +14,10 @@ from braniac.protocol.messages import Equivocation, SignedVerdict
 class Witness:
     """The first verdict on each slot that each seat was seen to sign, while the slot may still change hands."""
 
-    def __init__(self) -> None:
+    def __init__(self, final_slot: int) -> None:
+        """Nothing can come of what was signed up to `final_slot`."""
         self._signed: dict[int, dict[PeerId, SignedVerdict]] = {}
-        self._final_slot = -1
+        self._final_slot = final_slot
 
     def contradiction(self, signed: SignedVerdict) -> Equivocation | None:
         """The proof, if this seat was seen to sign something else for the same slot."""
@@ -31,6 +32,6 @@ class Witness:
                 of_slot.setdefault(signed.peer, signed)
 
     def forget(self, final_slot: int) -> None:
-        """Let go of what was signed up to a slot: nothing more can come of it."""
+        """Let go of what was signed up to a slot, which is final now."""
         self._final_slot = final_slot
         self._signed = {slot: signed for slot, signed in self._signed.items() if slot > final_slot}

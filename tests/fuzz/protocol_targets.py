@@ -137,10 +137,17 @@ def verdict_target(data: bytes) -> bool:
         return False
     assert found.owner == found.committee[0]
     again = statements.make_verdict(
-        RUN, found.slot, found.fragment, found.committee, found.shares, found.update_digest, found.update_bytes
+        RUN,
+        found.slot,
+        found.fragment,
+        found.committee,
+        found.shares,
+        found.update_digest,
+        found.update_bytes,
+        found.refused,
     )
     assert statements.verdict_in(again.body, RUN) == again
-    assert again.shares == found.shares
+    assert (again.shares, again.refused) == (found.shares, found.refused)
     return True
 
 
@@ -178,12 +185,17 @@ def proofs_seeds() -> Iterable[bytes]:
     return [statements.proofs_bytes(kinds), statements.proofs_bytes(kinds[:1])]
 
 
+def verdict_seeds() -> Iterable[bytes]:
+    refusing = verdict(refused=[commitment(2), commitment(3)])
+    return [made.body for made in (verdict(), verdict(committee=(ME.peer_id,)), refusing)]
+
+
 def _with_signatures(body: pb.Verdict) -> bytes:
-    for share in body.shares:
+    for signed in (*(share.commitment for share in body.shares), *body.refused):
         with suppress(DecodeError):
-            inside = pb.Commitment.FromString(share.commitment.body)
+            inside = pb.Commitment.FromString(signed.body)
             if (person := KEYS.get(PeerId(inside.peer))) is not None:
-                share.commitment.signature = person.sign(b"commitment", share.commitment.body)
+                signed.signature = person.sign(b"commitment", signed.body)
     return body.SerializeToString()
 
 
@@ -232,7 +244,7 @@ TARGETS = {
     "envelope": Target(envelope, envelope_seeds),
     "content": Target(content, content_seeds),
     "commitment": Target(commitment_target, commitment_seeds, 512),
-    "verdict": Target(verdict_target, lambda: [verdict().body, verdict(committee=(ME.peer_id,)).body], 2048),
+    "verdict": Target(verdict_target, verdict_seeds, 2048),
     "certificate": Target(
         certificate_target,
         lambda: [statements.certificate_bytes(certificate(signers=signers)) for signers in ((0, 2), (0, 1, 2), (0,))],

@@ -139,12 +139,12 @@ class Checks:
         if verdict.digest in self._merges:
             return
         given = [
-            Contribution(s.commitment.peer, s.commitment.weight, self.payloads[s.commitment.payload_digest])
-            for s in verdict.shares
-            if s.commitment.payload_digest in self.payloads
+            Contribution(commitment.peer, commitment.weight, self.payloads[commitment.payload_digest])
+            for commitment in verdict.commitments
+            if commitment.payload_digest in self.payloads
         ]
         merged = merge(self._world.manifest, verdict.fragment, given[::-1])
-        if merged is None or merged.digest != verdict.update_digest or len(given) != len(verdict.shares):
+        if merged is None or merged.digest != verdict.update_digest or len(given) != len(verdict.commitments):
             self._world.violated("I4 no poison", life.machine.name, f"slot {verdict.slot}: not what its shares make")
         self._merges[verdict.digest] = verdict.update_digest
 

@@ -7,12 +7,23 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from braniac.protocol import events, limits
+from braniac.protocol import events, limits, messages, statements
 from braniac.protocol.errors import Refusal
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
-from braniac.protocol.merge import Merged
-from tests.unit.swarm_checks import WINDOW, assert_flowing, converge, one_more, owner_of, seats_of
+from braniac.protocol.merge import Contribution, Merged, merge
+from tests.unit import swarm_harness
+from tests.unit.swarm_checks import (
+    WINDOW,
+    assert_flowing,
+    converge,
+    forge,
+    one_more,
+    owner_of,
+    refusal_of,
+    seats_of,
+    stop_certificates,
+)
 from tests.unit.swarm_harness import Peer, Swarm
 
 
@@ -27,8 +38,14 @@ def one_less(manifest: Manifest, fragment: int, merged: Merged) -> Merged:
     return dataclasses.replace(merged, admitted=merged.admitted[1:])
 
 
+def one_refused(manifest: Manifest, fragment: int, merged: Merged) -> Merged:
+    """A contribution is in the update, and is said to be none."""
+    (peer, _), *rest = merged.admitted
+    return dataclasses.replace(merged, admitted=tuple(rest), refused=((peer, Refusal.WRONG_SHAPE),))
+
+
 Lie = Callable[[Manifest, int, Merged], Merged]
-LIES: list[Lie] = [one_more, another_clip, one_less]
+LIES: list[Lie] = [one_more, another_clip, one_less, one_refused]
 
 
 def lie(peer: Peer, how: Lie) -> None:
@@ -161,6 +178,49 @@ def test_a_seat_that_has_merged_serves_the_update() -> None:
     owner.kill()
     swarm.run(2)
     assert all(peer.settled[slot].certificate is not None for peer in others)
+
+
+# --- what was refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_screen_that_compares_contributions_is_repeated_by_the_seats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whom it leaves out depends on who is there: without those that were refused it would refuse others."""
+
+    def leave_out_the_last(manifest: Manifest, fragment: int, contributions: list[Contribution]) -> Merged | None:
+        *kept, last = sorted(contributions, key=lambda c: c.peer)
+        merged = merge(manifest, fragment, kept)
+        return dataclasses.replace(merged, refused=((last.peer, Refusal.MALFORMED),)) if merged else None
+
+    monkeypatch.setattr(swarm_harness, "merge", leave_out_the_last)
+    swarm = Swarm.running([0] * 4)
+    first = swarm.slot + 1
+    converge(swarm, 2 * WINDOW)
+    assert_flowing(swarm, first, swarm.slot - 3)
+    last = max(peer.id for peer in swarm.peers)
+    for slot in range(first, swarm.slot - 2):
+        certificate = swarm.peers[0].settled[slot].certificate
+        assert certificate is not None
+        assert len(certificate.verdict.shares) == 3
+        assert [commitment.peer for commitment in certificate.verdict.refused] == [last]
+        assert not swarm.by_id[last].settled[slot].merged
+
+
+def test_nobody_is_sent_for_more_than_a_contribution_may_be() -> None:
+    """An owner and a contributor who agree could have the seats download what they like."""
+    swarm = Swarm.running([0] * 4)
+    slot = swarm.slot + 1
+    stop_certificates(swarm)
+    swarm.run_until(swarm.manifest.slot_start(slot) + 0.001)  # before any offer has arrived
+    seats = [swarm.by_id[peer] for peer in seats_of(swarm, slot)]
+    accomplice = next(peer for peer in swarm.peers if peer not in seats)
+    good = forge(swarm, slot, seats, [seats[0]], [seats[0]]).verdict
+    run_id = swarm.manifest.run_id
+    for size, refusal in ((limits.BLOB_BYTES_MAX, Refusal.OVERSIZE), (9, None)):
+        made = statements.make_commitment(accomplice.identity, run_id, slot, good.fragment, bytes(32), size, 1)
+        listed = statements.make_verdict(
+            run_id, slot, good.fragment, good.committee, good.shares, good.update_digest, good.update_bytes, [made]
+        )
+        assert refusal_of(seats[1], seats[0].number, messages.Proposal(listed)) is refusal
 
 
 # --- many contributors -----------------------------------------------------------------------------------------------

@@ -109,8 +109,7 @@ def test_what_was_seen_is_forgotten_when_slots_are_final() -> None:
 
 def test_a_slot_takes_little_room() -> None:
     """However many names certificates bring, and however old the slots they are about."""
-    witness = Witness()
-    witness.forget(10)
+    witness = Witness(10)
     for slot in (10, 11, 12):
         for n in range(40):
             witness.note(messages.SignedVerdict(identity(n).peer_id, slot, b"body", b"signature"))
