@@ -78,7 +78,7 @@ class SlotRound:
         """Drop a peer that signed two different things."""
         self.excluded.add(peer)
         self.commitments.pop(peer, None)
-        if self.phase is Phase.PROPOSED and self.verdict is not None and self.verdict.share_of(peer) is not None:
+        if self.phase is Phase.PROPOSED and any(commitment.peer == peer for commitment in self.proposed()):
             self.phase = Phase.ABANDONED
 
     def arrived(self) -> list[Commitment]:

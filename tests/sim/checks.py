@@ -157,6 +157,7 @@ class Checks:
             if life is None or life.engine is None or life.daemon is None or life.dead:
                 continue
             self._check_counters(life)
+            self._check_bans(life)
             self._check_bounds(life)
 
     def _check_counters(self, life: Life) -> None:
@@ -167,6 +168,13 @@ class Checks:
         assert life.transport is not None
         if life.transport.traffic.answers["failed"]:
             self._world.violated("I7 honest refusals", life.machine.name, "a request made the node fail")
+
+    def _check_bans(self, life: Life) -> None:
+        engine = life.engine
+        assert engine is not None
+        for machine in self._world.machines:
+            if machine.identity.peer_id in engine.roster.banned:
+                self._world.violated("I3 monotone", life.machine.name, f"holds a proof against {machine.name}")
 
     def _check_bounds(self, life: Life) -> None:
         engine, daemon, manifest = life.engine, life.daemon, self._world.manifest
