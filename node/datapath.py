@@ -276,6 +276,7 @@ class DataPath:
 
     def _merge_now(self, due: events.MergeDue | events.CheckDue) -> Merged | None:
         store = self._node.store
+        store.note_signed(due.slot)  # before the answer, because the engine signs then
         contributions = [Contribution(peer, tokens, store.get(digest)) for peer, tokens, digest in due.contributions]
         merged = merge(self._engine.manifest, due.fragment, contributions)
         if merged is not None:

@@ -220,7 +220,15 @@ async def equip(
         history.begin(manifest.held(tier))
         await asyncio.to_thread(replica.begin)
     now = node.swarm_clock.now()
-    engine = Engine(manifest, node.identity, tier, incarnation=membership.incarnation, now=now, history=history)
+    engine = Engine(
+        manifest,
+        node.identity,
+        tier,
+        incarnation=membership.incarnation,
+        now=now,
+        history=history,
+        signed_slot=node.store.signed_slot,
+    )
     for state in replica.anchors.values():
         engine.anchor_known(state)
     if saved is not None and saved.bans is not None:

@@ -4,6 +4,7 @@
     <root>/blobs/<2 hex>/<64 hex>            anchors, weights, optimizer state, pending payloads
     <root>/generations/<12 digits>.json      the manifests, see generation.py
     <root>/starts                            the number of the last start, see `count_start`
+    <root>/signed                            the last slot that was signed for, see `note_signed`
 
 Blobs are durable before the manifest that names them is written, and one rename makes the manifest appear, so at every
 instant the newest readable manifest is a whole generation: a crash leaves the old one or the new one, never a mix.
@@ -61,6 +62,8 @@ class Store:
         self._blobs = root / "blobs"
         self._generations = root / "generations"
         self._number = 0  # of the newest manifest, readable or not: numbers only grow
+        self.signed_slot = -1
+        """No slot after this one was ever signed for."""
 
     @classmethod
     def open(cls, root: Path, *, keep: int = 3, files: Files | None = None) -> Store:
@@ -98,6 +101,7 @@ class Store:
             for directory in (*self._shards(), self._blobs, self._generations, self.root):
                 self._files.fsync_directory(directory)
         self._number = max(self._numbers(), default=0)
+        self.signed_slot = self._read_number("signed", -1)
 
     def close(self) -> None:
         """Let another process have the directory. Harmless when repeated."""
@@ -109,15 +113,28 @@ class Store:
 
         It is durable when this returns, however soon the process ends. Raises DiskFull.
         """
-        path = self.root / "starts"
-        try:
-            before = int(path.read_text("ascii"))
-        except (OSError, ValueError):  # none yet, or damaged: then `least` has to do
-            before = 0
+        before = self._read_number("starts", 0)
         number = max(least, before + 1 if before < _STARTS_MAX else 0)
-        with self._writing, self._disk_errors():
-            write_whole(self._files, path, memoryview(b"%d" % number))
+        self._write_number("starts", number)
         return number
+
+    def note_signed(self, slot: int) -> None:
+        """Something is about to be signed for a slot: no later start may sign for it again. Raises DiskFull."""
+        with self._writing:
+            if slot > self.signed_slot:
+                self._write_number("signed", slot)
+                self.signed_slot = slot
+
+    def _read_number(self, name: str, otherwise: int) -> int:
+        """What a file says, or `otherwise` if there is none or it is damaged."""
+        try:
+            return int((self.root / name).read_text("ascii"))
+        except (OSError, ValueError):
+            return otherwise
+
+    def _write_number(self, name: str, number: int) -> None:
+        with self._writing, self._disk_errors():
+            write_whole(self._files, self.root / name, memoryview(b"%d" % number))
 
     def put(self, data: bytes | memoryview) -> bytes:
         """Store `data` durably and return its SHA-256 (32 bytes); free if it is here already. Raises DiskFull."""

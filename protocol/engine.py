@@ -40,9 +40,19 @@ class Engine:
     """The outer protocol of one peer in one run."""
 
     def __init__(
-        self, manifest: Manifest, identity: Identity, tier: int, *, incarnation: int, now: float, history: History
+        self,
+        manifest: Manifest,
+        identity: Identity,
+        tier: int,
+        *,
+        incarnation: int,
+        now: float,
+        history: History,
+        signed_slot: int = -1,
     ) -> None:
         """`incarnation` must grow with every start of an identity; `history` is what was recovered, or new.
+
+        Up to `signed_slot` an earlier life may have signed verdicts; the clock may be behind that one's.
 
         At `manifest.observer_tier` it holds nothing and only listens: it must not be `set_ready`.
         """
@@ -69,7 +79,7 @@ class Engine:
         self._repeat_at = now
         self._events: deque[events.Event] = deque()
         start, send, emit = self._start_slot, self._outbox.send, self._events.append
-        self._rounds = Rounds(manifest, identity, tier, self.roster, start, send, emit)
+        self._rounds = Rounds(manifest, identity, tier, self.roster, start, signed_slot, send, emit)
         self._certificates = Certificates(
             manifest, self.me, tier, start, history, self._agreement, self.roster, self._rounds, self._outbox, emit
         )

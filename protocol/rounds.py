@@ -28,16 +28,18 @@ class Rounds:
         tier: int,
         roster: Roster,
         start_slot: int,
+        signed_slot: int,
         send: Callable[[PeerId, Message], None],
         emit: Callable[[events.Event], None],
     ) -> None:
-        """`start_slot`: nothing is signed for slots up to here, this peer may have done so before a restart."""
+        """Nothing is signed for slots up to `start_slot` and `signed_slot`: an earlier life may have done so."""
         self._manifest = manifest
         self._identity = identity
         self._me = identity.peer_id
         self._tier = tier
         self._roster = roster
         self._start_slot = start_slot
+        self._signed_slot = signed_slot
         self._send = send
         self._emit = emit
         self._rounds: dict[int, SlotRound] = {}
@@ -255,7 +257,7 @@ class Rounds:
     def _candidates(self, slot: int) -> list[PeerId]:
         """Who may have a seat: those that can be dialled. Only if there is nobody like that, all the others."""
         eligible = {member.peer: member.dialable(slot) for member in self._roster.eligible(slot)}
-        if 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS:
+        if 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS and slot > self._signed_slot:
             eligible[self._me] = dialable(self.unreachable_slot, slot)
         return [peer for peer, can_be_dialled in eligible.items() if can_be_dialled] or list(eligible)
 

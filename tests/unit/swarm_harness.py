@@ -121,6 +121,8 @@ class Peer:
         self.incarnation = 0
         self.alive = self.awake = False
         self.trains = True
+        self.signed_slot = -1
+        """What the disk says of earlier lives when it starts."""
         self.resting = self.catching_up = False
         """The latter: back from a rest, and not yet where the others are."""
         self.weights: dict[int, Int64Array] = {}
@@ -221,6 +223,7 @@ class Peer:
             incarnation=self.incarnation,
             now=self.swarm.now,
             history=history,
+            signed_slot=self.signed_slot,
         )
         for f in history.last:
             self.engine.anchor_known(self.states[f])

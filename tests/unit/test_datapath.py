@@ -98,6 +98,7 @@ async def test_a_slot_from_own_work_to_a_generation(lone: Lone) -> None:
     assert after.slot == due.slot
     assert after.digest != before.digest
     assert node.replica.totals.merged == 1
+    assert node.store.signed_slot == due.slot
     generation = node.store.recover()
     assert generation is not None
     assert from_generation(generation).anchors == node.replica.anchors

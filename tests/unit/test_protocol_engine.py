@@ -310,6 +310,19 @@ def test_a_restarted_seat_does_not_sign_for_slots_it_may_have_signed() -> None:
     assert refusal_of(seat, owner.number, messages.Proposal(verdict)) is Refusal.NOT_READY
 
 
+def test_a_start_in_the_past_signs_nothing_that_an_earlier_one_may_have_signed() -> None:
+    """The clock lost its time and nobody is there to ask: alone, it would decide every slot once more."""
+    swarm = Swarm.running([0])
+    alone = swarm.peers[0]
+    alone.kill()
+    alone.signed_slot = swarm.slot + 6
+    alone.restart()
+    swarm.run(12)
+    first = alone.signed_slot + 1
+    assert not any(swarm.certified(first - 6 + 1, first - 1).values())
+    assert_flowing(swarm, first, swarm.slot - 2)
+
+
 # --- fragments that are lost -----------------------------------------------------------------------------------------
 
 

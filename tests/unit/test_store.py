@@ -185,6 +185,23 @@ def test_the_number_of_a_start_survives_a_crash(tmp_path: Path, mode: str) -> No
         assert store.count_start(5) == counted + 1
 
 
+@pytest.mark.parametrize("mode", ["kill", "power", "reorder"])
+def test_what_was_signed_for_survives_a_crash(tmp_path: Path, mode: str) -> None:
+    files = CrashingFiles(0, mode)
+    with opened(tmp_path, files=files) as store:
+        assert store.signed_slot == -1
+        for slot in (7, 9, 8):
+            store.note_signed(slot)
+        assert store.signed_slot == 9
+    with contextlib.suppress(PowerCut):
+        files.crash()
+    with opened(tmp_path) as store:
+        assert store.signed_slot == 9
+    (tmp_path / "signed").write_bytes(b"many")
+    with opened(tmp_path) as store:
+        assert store.signed_slot == -1
+
+
 # Blobs
 
 
