@@ -90,7 +90,7 @@ class Peer:
         self.meter = DailyMeter(None, clock)
         metrics, throttle = Metrics("benchmark", 1), Throttle(caps, clock, self.meter)
         self.exchange = Exchange(self.store, metrics, clock, SwarmClock(clock), 20.0, throttle)
-        self.blobs = Blobs(self.store, self.exchange, metrics)
+        self.blobs = Blobs(self.store, self.exchange, metrics, clock)
 
     @classmethod
     async def start(cls, root: Path, host: str, caps: CapsSection) -> Peer:

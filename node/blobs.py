@@ -1,6 +1,7 @@
 """Everything bulky is pulled by its hash, in chunks of bounded size, from whoever has it.
 
 A holder is not trusted: the whole is checked against its hash before anybody sees it, and then the next one is asked.
+Who is slow is left for the next one, if there is one: else a single holder could keep a blob from us for hours.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 
+from braniac.node.clock import Clock
 from braniac.node.exchange import BlobUnavailable, Exchange
+from braniac.node.holders import Holders
 from braniac.node.metrics import Metrics
 from braniac.node.store import Store
 from braniac.node.transport import Transport, Unreachable
@@ -19,15 +22,19 @@ from braniac.protocol.errors import Refusal
 from braniac.protocol.identity import PeerId, short_name
 
 _CHUNKS_AT_A_TIME = 4
+_GRACE_S = 5.0
+_SLOW_BYTES_PER_S = 1 << 14
 
 
 class Blobs:
     """Brings blobs from peers into the store."""
 
-    def __init__(self, store: Store, exchange: Exchange, metrics: Metrics) -> None:
+    def __init__(self, store: Store, exchange: Exchange, metrics: Metrics, clock: Clock) -> None:
         self._store = store
         self._exchange = exchange
         self._metrics = metrics
+        self._clock = clock
+        self._holders = Holders()
 
     async def fetch(
         self,
@@ -38,26 +45,33 @@ class Blobs:
         kind: str = "blob",
         on_bytes: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Bring a blob into the store, trying the holders in turn. Raises BlobUnavailable, DiskFull.
+        """Bring a blob into the store, trying the holders in turn, the best first. Raises BlobUnavailable, DiskFull.
 
         `kind` is what its bytes are counted as; `on_bytes` hears of each chunk how long it was.
         """
         if self._store.size(digest) == size:
             return
         reasons = []
-        for holder in holders:
-            if holder == transport.peer_id:
-                continue
+        others = self._holders.in_order(holder for holder in holders if holder != transport.peer_id)
+        for number, holder in enumerate(others, 1):
+            patience_s = self._patience_s(size) if number < len(others) else float("inf")
             try:
-                data = await self._pull(transport, holder, digest, size, kind, on_bytes)
+                data = await self._pull(transport, holder, digest, size, patience_s, kind, on_bytes)
             except (Unreachable, BlobUnavailable) as error:
                 reasons.append(str(error))
+                self._holders.failed(holder)
                 continue
+            self._holders.delivered(holder)
             stored = await asyncio.to_thread(self._store.put, data)
             assert stored == digest
             return
         why = "; ".join(reasons) or "nobody else has it"
         raise BlobUnavailable(f"blob {digest.hex()[:8]} cannot be had now ({why})")
+
+    def _patience_s(self, size: int) -> float:
+        """How long one holder may take for so many bytes, if there is another one; for ever if this node is slow."""
+        slow = self._exchange.throttle.download.rate
+        return float("inf") if slow else _GRACE_S + size / _SLOW_BYTES_PER_S
 
     async def _pull(
         self,
@@ -65,6 +79,7 @@ class Blobs:
         holder: PeerId,
         digest: bytes,
         size: int,
+        patience_s: float,
         kind: str,
         on_bytes: Callable[[int], None],
     ) -> bytes:
@@ -74,11 +89,14 @@ class Blobs:
         missing = size
         offsets = iter(range(0, size, limits.CHUNK_BYTES_MAX))
         failures: list[Unreachable | BlobUnavailable] = []
+        deadline_s = self._clock.monotonic() + patience_s
 
         async def pull_chunk(begin: int) -> None:
             nonlocal missing
             offset, end = begin, min(begin + limits.CHUNK_BYTES_MAX, size)
             while offset < end and not failures and not throttle.used_up:
+                if self._clock.monotonic() > deadline_s:
+                    raise BlobUnavailable(f"peer {short_name(holder)} is too slow")
                 length = min(end - offset, throttle.piece_bytes(throttle.download))
                 request = pb.ChunkRequest(digest=digest, offset=offset, length=length)
                 piece = await self._exchange.ask_chunk(transport, holder, request, size, kind)

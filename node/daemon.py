@@ -17,6 +17,7 @@ from braniac.node.pump import Pump
 from braniac.node.replica import Replica
 from braniac.node.startup import Equipment, Membership
 from braniac.node.status import Status
+from braniac.node.whereabouts import Whereabouts
 from braniac.protocol import events
 from braniac.protocol.engine import Engine
 from braniac.protocol.identity import PeerId, short_name
@@ -43,6 +44,7 @@ class Daemon:
         self._engine = engine
         self._status = status
         self._tasks = tasks
+        self._whereabouts = Whereabouts(engine, lambda peer: node.network.transport.seen_from(peer))
         self._pump = Pump(engine, node.exchange, node.network, self._obey, tasks)
         self._idle = asyncio.Event()
         """Set while no slot that this node owns waits for its certificate."""
@@ -172,12 +174,15 @@ class Daemon:
                 self.node.swarm_clock.adjust()
                 self._status.slot_began(event)
                 self._spawn(self.path.note_signing(event.slot))
+                self._spawn(self._whereabouts.look(event.slot))
             case events.FragmentDue() | events.UpdateDue():
                 self.path.put(event)
             case events.BlobWanted():
                 self._spawn(self.path.fetch(event))
             case events.MergeDue():
                 self._spawn(self.path.merge(event))
+            case events.CheckDue():
+                self._spawn(self.path.check(event))
             case events.FragmentLost():
                 self._spawn(self.path.download(event))
             case events.FragmentUnheld(fragment):
@@ -187,10 +192,11 @@ class Daemon:
                 self.introduce(peer)
             case events.PeerJoined(peer, tier, addresses):
                 self.node.network.remember(peer, addresses)
+                self._spawn(self._whereabouts.locate(peer))
                 log.info("a peer joined", peer=short_name(peer), tier=tier)
             case events.PeerLeft(peer, said_goodbye):
                 log.info("a peer left" if said_goodbye else "a peer fell silent", peer=short_name(peer))
-            case events.SlotSettled() | events.Equivocated():
+            case events.SlotSettled() | events.Equivocated() | events.WrongMerge():
                 self._status.report(event)
             case events.IdentityShared():
                 raise self.node.network.identity_shared()

@@ -1,7 +1,8 @@
 """The data path of a node: join -> train -> compress -> offer -> merge -> apply -> checkpoint.
 
 The protocol engine decides and this file carries out. `work` does, one at a time and in the engine's order, all that
-changes weights, anchors or generations. `download`, `fetch` and `merge` go on beside it: they only bring blobs here.
+changes weights, anchors or generations. `download`, `fetch`, `merge` and `check` go on beside it: they only bring blobs
+here.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class DataPath:
         self._incarnation = incarnation
         self._joined = joined
         self._wake = wake
-        self._blobs = Blobs(node.store, node.exchange, node.metrics)
+        self._blobs = Blobs(node.store, node.exchange, node.metrics, node.clock)
         self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState | _Save] = asyncio.Queue()
         self._fetching: set[bytes] = set()
         self._bar: DownloadBar | None = None
@@ -271,7 +272,19 @@ class DataPath:
         self._engine.merged(due.slot, merged)
         self._wake()
 
-    def _merge_now(self, due: events.MergeDue) -> Merged | None:
+    async def check(self, due: events.CheckDue) -> None:
+        """Merge what another owner has merged, to see whether it is right; then the update need not be fetched."""
+        with self._status.phase("check"):
+            try:
+                merged = await asyncio.to_thread(self._merge_now, due)
+            except (BlobMissing, DiskFull) as error:
+                log.warning("could not check a slot", slot=due.slot, reason=str(error))
+                self._engine.check_failed(due.slot)
+            else:
+                self._engine.checked(due.slot, merged)
+        self._wake()
+
+    def _merge_now(self, due: events.MergeDue | events.CheckDue) -> Merged | None:
         store = self._node.store
         contributions = [Contribution(peer, tokens, store.get(digest)) for peer, tokens, digest in due.contributions]
         merged = merge(self._engine.manifest, due.fragment, contributions)

@@ -30,12 +30,13 @@ from braniac.protocol.errors import Refusal
 SLOT_OUTCOMES = ("merged", "missed", "no_certificate", "not_held")
 CONTRIBUTION_OUTCOMES = ("merged", "unacknowledged", "refused")
 FORFEIT_REASONS = ("killed", "too_old", "refused", "clipped", "diverged")
-DIVERGENCES = ("fork", "digest", "loss")  # two certificates for one slot; other bytes than the majority; own loss
+# Two certificates for one slot; other bytes than the majority; own loss; an owner's update is not what it merged.
+DIVERGENCES = ("fork", "digest", "loss", "merge")
 DIRECTIONS = ("sent", "received")
 TRAFFIC_KINDS = ("message", "blob", "anchor")  # signed messages; contributions and updates; downloads of joiners
 SPLITS = ("train", "validation")
 PAUSE_REASONS = ("manual", *CODES)
-PHASES = ("compress", "offer", "merge", "fetch", "apply", "checkpoint")
+PHASES = ("compress", "offer", "merge", "check", "fetch", "apply", "checkpoint")
 
 _PHASE_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _LAG_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)

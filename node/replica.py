@@ -24,7 +24,7 @@ from braniac.node import bridge
 from braniac.node.checkpoint import Saved, Snapshot, Totals, save_tensors, to_content
 from braniac.node.store import Store
 from braniac.node.trainer_thread import TrainerThread
-from braniac.protocol import codec, ledger, limits
+from braniac.protocol import codec, ledger, limits, statements
 from braniac.protocol.bitpack import Int32Array
 from braniac.protocol.engine import Engine
 from braniac.protocol.errors import Refusal, WireError
@@ -231,6 +231,7 @@ class Replica:
             peers=peers,
             parts=dict(self.parts),
         )
+        proofs = statements.proofs_bytes(engine.roster.banned.values())
         blobs = {state.digest for state in self.anchors.values()} | engine.history.confirmed_blobs()
         blobs |= {offered[1]} if offered else set()
         in_use, edge = engine.history.blobs(), engine.slot - 2 * self.manifest.window
@@ -242,6 +243,10 @@ class Replica:
             else:
                 weights, optimizer = save_tensors(self._store, self.config, self.tier, snapshot)
                 whole, kept = {weights, optimizer}, replace(saved, weights=weights, optimizer=optimizer)
+            if proofs:
+                bans = self._store.put(proofs)
+                kept = replace(kept, bans=bans)
+                whole.add(bans)
             content = to_content(kept, protocol)
             number = self._store.commit(content, whole | {b for b in blobs if self._store.has(b)})
             if sweep:

@@ -28,10 +28,13 @@ from braniac.node.replica import Replica
 from braniac.node.store import DiskFull, Store
 from braniac.node.text import given_tokenizer, keep_tokenizer, run_tokenizer, text_source
 from braniac.node.trainer_thread import TrainerThread
+from braniac.protocol import statements
 from braniac.protocol.engine import Engine
+from braniac.protocol.errors import WireError
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity, peer_id_text
 from braniac.protocol.manifest import Manifest
+from braniac.protocol.roster import Roster
 
 log = structlog.get_logger(__name__)
 
@@ -237,11 +240,23 @@ async def equip(
     )
     for state in replica.anchors.values():
         engine.anchor_known(state)
+    if saved is not None and saved.bans is not None:
+        await _recall_bans(engine.roster, manifest, node.store, saved.bans)
     thread.start()
     try:
         yield replica, engine
     finally:
         await asyncio.to_thread(thread.stop)
+
+
+async def _recall_bans(roster: Roster, manifest: Manifest, store: Store, digest: bytes) -> None:
+    """Go on without those that were banned before."""
+    stored = await asyncio.to_thread(store.get, digest)
+    try:
+        for proof in statements.open_proofs(stored, manifest.run_id):
+            roster.ban(proof)
+    except WireError as error:  # of another version: they will be convicted again
+        log.warning("cannot read who was banned", reason=str(error))
 
 
 async def _read_text(config: NodeConfig, manifest: Manifest, model: ModelConfig) -> Corpus:

@@ -117,10 +117,14 @@ class Status:
         if metrics.state in ("training", "degraded"):
             metrics.set_state("degraded" if self.reason() else "training")
 
-    def report(self, event: events.SlotSettled | events.Equivocated) -> None:
+    def report(self, event: events.SlotSettled | events.Equivocated | events.WrongMerge) -> None:
         """The readable line per slot, and its record."""
         if isinstance(event, events.Equivocated):
             log.warning("banned a peer that signed two things", peer=short_name(event.peer), slot=event.slot)
+            return
+        if isinstance(event, events.WrongMerge):
+            log.warning("did not sign a wrong merge", owner=short_name(event.owner), slot=event.slot)
+            self._node.metrics.divergences.labels("merge").inc()
             return
         assert self.engine is not None
         assert self.replica is not None

@@ -9,8 +9,8 @@ goes backwards. The daemon and the tests drive the same object:
     engine.next_event()                       see events.py; answers go back through offer, blob_fetched, merged, ...
 
 One slot, from here: SlotBegan -> FragmentDue -> offer() -> commitments to the committee -> owner: BlobWanted,
-MergeDue -> merged() -> proposal, votes -> certificate to everybody -> BlobWanted (the update) -> UpdateDue ->
-anchor_moved().
+MergeDue -> merged() -> proposal -> the other seats: BlobWanted, CheckDue -> checked() -> votes -> certificate to
+everybody -> BlobWanted (the update) -> UpdateDue -> anchor_moved().
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from braniac.protocol.messages import FragmentState, Heartbeat, Message
 from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Member, Roster
 from braniac.protocol.rounds import Rounds
+from braniac.protocol.witness import Witness
 
 
 class Engine:
@@ -86,6 +87,7 @@ class Engine:
         self._certificates = Certificates(
             manifest, self.me, tier, self._slot, history, self._agreement, self.roster, self._rounds, self._outbox, emit
         )
+        self._witness = Witness(self._slot - manifest.window)
         self._inbox = Inbox(
             manifest,
             self.me,
@@ -95,6 +97,7 @@ class Engine:
             rounds=self._rounds,
             certificates=self._certificates,
             greetings=self._greetings,
+            witness=self._witness,
             outbox=self._outbox,
             queue=self._events,
         )
@@ -205,6 +208,14 @@ class Engine:
         if (certificate := self._rounds.merged(slot, merged)) is not None:
             self._certificates.publish(certificate, self._slot)
 
+    def checked(self, slot: int, merged: Merged | None) -> None:
+        """Answer to CheckDue; None if nothing could be admitted."""
+        self._rounds.checked(slot, merged)
+
+    def check_failed(self, slot: int) -> None:
+        """Answer to CheckDue if the payloads could not be read."""
+        self._rounds.check_failed(slot)
+
     def anchor_moved(self, update: events.UpdateDue, state: FragmentState) -> None:
         """Answer to UpdateDue: anchor and weights hold it now."""
         certificate = update.certificate
@@ -293,6 +304,7 @@ class Engine:
         self._greetings.spread(slot)
         self._certificates.settle(self._rounds.begin_slot(slot), None)
         self._certificates.forget(slot)
+        self._witness.forget(slot - self.manifest.window)
         self.history.prune(slot)
         self.roster.forget(slot)
         signable = max(-1, self._silent_slot) < slot <= self._rounds.signing_slot

@@ -30,7 +30,9 @@ class Refusal(enum.StrEnum):
     WRONG_SHAPE = "wrong_shape"  # a payload that does not fit its fragment
     WRONG_DIGEST = "wrong_digest"  # bytes that do not hash to what was announced
     EQUIVOCATION = "equivocation"  # two different signed statements about one (fragment, slot)
-    CONFLICT = "conflict"  # a proposal that contradicts one already signed
+    CONFLICT = "conflict"  # a proposal that contradicts an earlier one
+    WRONG_MERGE = "wrong_merge"  # a proposal whose update is not what its contributions make
+    CROWDED = "crowded"  # no place in this slot: too many of one network, or too many newcomers
     OVERLOADED = "overloaded"  # a queue is full, try later
     NOT_READY = "not_ready"  # this peer has not joined a run yet
 

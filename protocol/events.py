@@ -46,6 +46,19 @@ class MergeDue:
 
 
 @dataclass(frozen=True)
+class CheckDue:
+    """Merge the fetched payloads of another owner's proposal, store the update, then `Engine.checked` (answer).
+
+    If they cannot be read here, `Engine.check_failed` is the answer.
+    """
+
+    slot: int
+    fragment: int
+    contributions: tuple[tuple[PeerId, int, bytes], ...]
+    """(peer, declared tokens, payload digest)"""
+
+
+@dataclass(frozen=True)
 class UpdateDue:
     """Apply (or undo) a certificate's update to anchor and weights, then `Engine.anchor_moved` (answer)."""
 
@@ -121,6 +134,14 @@ class Equivocated:
 
 
 @dataclass(frozen=True)
+class WrongMerge:
+    """A slot's owner proposed an update that is not what its contributions make; this peer has not signed it."""
+
+    owner: PeerId
+    slot: int
+
+
+@dataclass(frozen=True)
 class IdentityShared:
     """Somebody else contributes to the run in this peer's name: one of the two must stop."""
 
@@ -132,6 +153,7 @@ Event = (
     | FragmentDue
     | BlobWanted
     | MergeDue
+    | CheckDue
     | UpdateDue
     | FragmentLost
     | SlotSettled
@@ -140,5 +162,6 @@ Event = (
     | FragmentUnheld
     | PeerLeft
     | Equivocated
+    | WrongMerge
     | IdentityShared
 )

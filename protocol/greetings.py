@@ -59,8 +59,10 @@ class Greetings:
         """Tell a peer that is new, or back, who else is here and who is banned."""
         self._send(peer, self._heartbeat())
         self._introduce_others(peer, slot)
-        for proof in list(self._roster.banned.values())[-limits.REQUEST_NAMES_MAX :]:
-            self._send(peer, proof)
+        room = limits.MESSAGE_BYTES_MAX
+        for proof in list(self._roster.banned.values())[: -limits.REQUEST_NAMES_MAX - 1 : -1]:
+            if (room := room - proof.body_bytes) >= 0:
+                self._send(peer, proof)
 
     def spread(self, slot: int) -> None:
         """Once a slot, tell somebody else whom this peer knows.

@@ -19,6 +19,7 @@ from braniac.protocol.messages import Heartbeat
 from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Roster
 from braniac.protocol.rounds import Rounds
+from braniac.protocol.witness import Witness
 
 
 class Inbox:
@@ -35,6 +36,7 @@ class Inbox:
         rounds: Rounds,
         certificates: Certificates,
         greetings: Greetings,
+        witness: Witness,
         outbox: Outbox,
         queue: deque[events.Event],
     ) -> None:
@@ -47,6 +49,7 @@ class Inbox:
         self._rounds = rounds
         self._certificates = certificates
         self._greetings = greetings
+        self._witness = witness
         self._outbox = outbox
         self._queue = queue
 
@@ -66,13 +69,20 @@ class Inbox:
                 self._check_honest([commitment], slot)
                 self._rounds.note_commitment(commitment)
             case messages.Proposal(verdict):
-                self._check_honest([share.commitment for share in verdict.shares], slot)
+                self._check_honest(verdict.commitments, slot)
                 self._rounds.check_proposal(sender, verdict)
             case messages.Vote():
-                if (certificate := self._rounds.count_vote(sender, message)) is not None:
+                certificate = self._rounds.count_vote(sender, message)
+                vote = self._rounds.counted(sender, message)
+                self._convict([vote], slot)
+                self._witness.note(vote)
+                if certificate is not None:
                     self._certificates.publish(certificate, slot)
             case messages.Certificate():
+                self._convict(message.signed(), slot)
                 self._certificates.check(message, slot)
+                for signed in message.signed():
+                    self._witness.note(signed)
                 self._certificates.take(message, slot)
             case messages.CertificateRequest(names):
                 for name in names[: limits.REQUEST_NAMES_MAX]:
@@ -122,11 +132,17 @@ class Inbox:
                 self._ban(proof, slot)
                 raise WireError(Refusal.EQUIVOCATION, "two contributions of one peer to one slot")
 
+    def _convict(self, signed: list[messages.SignedVerdict], slot: int) -> None:
+        """Ban whoever has signed another verdict on the same slot. Which certificate stands is another matter."""
+        for each in signed:
+            if (proof := self._witness.contradiction(each)) is not None:
+                self._ban(proof, slot)
+
     def _ban(self, proof: messages.Equivocation, slot: int) -> None:
         """Drop a peer for good and pass on the proof: who sits in committees must stay the same for everybody."""
         if proof.peer == self._me:  # not this peer's doing: somebody else has its key, and is as good a signer of it
-            self._queue.append(events.IdentityShared(proof.first.slot))
+            self._queue.append(events.IdentityShared(proof.slot))
         elif self._roster.ban(proof):
             self._rounds.exclude(proof.peer)
-            self._queue.append(events.Equivocated(proof.peer, proof.first.slot))
+            self._queue.append(events.Equivocated(proof.peer, proof.slot))
             self._outbox.broadcast(proof, slot)

@@ -81,7 +81,14 @@ class Verdict:
     shares: tuple[Share, ...]
     update_digest: bytes
     update_bytes: int
+    refused: tuple[Commitment, ...]
+    """Contributions that the owner had and that were not admissible beside the others."""
     body: bytes = field(repr=False)
+
+    @property
+    def commitments(self) -> list[Commitment]:
+        """All that was merged or refused: who has their payloads can merge them again."""
+        return [*(share.commitment for share in self.shares), *self.refused]
 
     @property
     def digest(self) -> bytes:
@@ -94,6 +101,16 @@ class Verdict:
     def share_of(self, peer: PeerId) -> Share | None:
         """The share of `peer`, if it is in."""
         return next((share for share in self.shares if share.commitment.peer == peer), None)
+
+
+@dataclass(frozen=True)
+class SignedVerdict:
+    """A verdict that one seat has signed, as a portable statement."""
+
+    peer: PeerId
+    slot: int
+    body: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,10 @@ class Certificate:
     def name(self) -> CertificateName:
         return CertificateName(self.verdict.slot, self.verdict.digest)
 
+    def signed(self) -> list[SignedVerdict]:
+        """What each signer has signed."""
+        return [SignedVerdict(peer, self.verdict.slot, self.verdict.body, by) for peer, by in self.signatures]
+
     @property
     def weight(self) -> int:
         """Tokens behind it; ranks two certificates of one slot."""
@@ -153,14 +174,23 @@ class Introduction:
 
 @dataclass(frozen=True)
 class Equivocation:
-    """Two different commitments that one peer signed for one slot."""
+    """Two different commitments, or two different verdicts, that one peer signed for one slot."""
 
-    first: Commitment
-    second: Commitment
+    first: Commitment | SignedVerdict
+    second: Commitment | SignedVerdict
 
     @property
     def peer(self) -> PeerId:
         return self.first.peer
+
+    @property
+    def slot(self) -> int:
+        return self.first.slot
+
+    @property
+    def body_bytes(self) -> int:
+        """About how long it is: verdicts with many contributions make it large."""
+        return len(self.first.body) + len(self.second.body)
 
 
 Message = Heartbeat | Offer | Proposal | Vote | Certificate | CertificateRequest | Goodbye | Equivocation | Introduction

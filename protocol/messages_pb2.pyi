@@ -495,29 +495,91 @@ Global___Offer: _TypeAlias = Offer  # noqa: Y015
 
 @_typing.final
 class Equivocation(_message.Message):
-    """Proof that a peer signed two contributions to one slot: whoever sees it bans the peer, whoever brings it."""
+    """Proof that a peer signed two contributions to one slot, or two verdicts on one: whoever sees it bans the peer, whoever
+    brings it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FIRST_FIELD_NUMBER: _builtins.int
     SECOND_FIELD_NUMBER: _builtins.int
+    FIRST_VERDICT_FIELD_NUMBER: _builtins.int
+    SECOND_VERDICT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def first(self) -> Global___SignedCommitment: ...
+    def first(self) -> Global___SignedCommitment:
+        """contributions, or"""
+
     @_builtins.property
     def second(self) -> Global___SignedCommitment: ...
+    @_builtins.property
+    def first_verdict(self) -> Global___SignedVerdict:
+        """verdicts"""
+
+    @_builtins.property
+    def second_verdict(self) -> Global___SignedVerdict: ...
     def __init__(
         self,
         *,
         first: Global___SignedCommitment | None = ...,
         second: Global___SignedCommitment | None = ...,
+        first_verdict: Global___SignedVerdict | None = ...,
+        second_verdict: Global___SignedVerdict | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "first_verdict", b"first_verdict", "second", b"second", "second_verdict", b"second_verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "first_verdict", b"first_verdict", "second", b"second", "second_verdict", b"second_verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Equivocation: _TypeAlias = Equivocation  # noqa: Y015
+
+@_typing.final
+class Proofs(_message.Message):
+    """As a node keeps them on its disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROOFS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def proofs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Equivocation]: ...
+    def __init__(
+        self,
+        *,
+        proofs: _abc.Iterable[Global___Equivocation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["proofs", b"proofs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Proofs: _TypeAlias = Proofs  # noqa: Y015
+
+@_typing.final
+class SignedVerdict(_message.Message):
+    """What one seat has signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    verdict: _builtins.bytes
+    """a serialised Verdict"""
+    @_builtins.property
+    def signature(self) -> Global___Signature: ...
+    def __init__(
+        self,
+        *,
+        verdict: _builtins.bytes = ...,
+        signature: Global___Signature | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedVerdict: _TypeAlias = SignedVerdict  # noqa: Y015
 
 @_typing.final
 class Share(_message.Message):
@@ -556,6 +618,7 @@ class Verdict(_message.Message):
     SHARES_FIELD_NUMBER: _builtins.int
     UPDATE_DIGEST_FIELD_NUMBER: _builtins.int
     UPDATE_BYTES_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     slot: _builtins.int
     fragment: _builtins.int
@@ -569,6 +632,10 @@ class Verdict(_message.Message):
     def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Share]:
         """in ascending order of peer id"""
 
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedCommitment]:
+        """merged with the others and not admitted; in ascending order of peer id"""
+
     def __init__(
         self,
         *,
@@ -579,10 +646,11 @@ class Verdict(_message.Message):
         shares: _abc.Iterable[Global___Share] | None = ...,
         update_digest: _builtins.bytes = ...,
         update_bytes: _builtins.int = ...,
+        refused: _abc.Iterable[Global___SignedCommitment] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committee", b"committee", "fragment", b"fragment", "run_id", b"run_id", "shares", b"shares", "slot", b"slot", "update_bytes", b"update_bytes", "update_digest", b"update_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committee", b"committee", "fragment", b"fragment", "refused", b"refused", "run_id", b"run_id", "shares", b"shares", "slot", b"slot", "update_bytes", b"update_bytes", "update_digest", b"update_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

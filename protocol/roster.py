@@ -6,7 +6,7 @@ from when they arrived, so peers that heard the same heartbeats agree on the com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from braniac.protocol import limits
@@ -64,6 +64,12 @@ class Member:
     gone: bool = False
     merged: int = 0
     """Contributions of this peer in certificates seen here."""
+    undelivered: int = 0
+    """How many payloads it has announced to this owner and not delivered since it last did."""
+    known_slot: int = 0
+    """Since when this peer knows it."""
+    network: str = ""
+    """The network of the Internet from which it is connected; empty if that is unknown or private."""
 
     def live(self, slot: int) -> bool:
         return not self.gone and self.heard_slot >= slot - limits.ROSTER_LIVE_SLOTS
@@ -129,11 +135,25 @@ class Roster:
             heartbeat.loss,
             heartbeat.version,
             merged=known.merged if known else 0,
+            undelivered=known.undelivered if known else 0,
+            known_slot=known.known_slot if known else slot,
+            network=known.network if known else "",
         )
         if known is not None:
             member.heard_slot = max(member.heard_slot, known.heard_slot)
         self._members[peer] = member
         return member, returned
+
+    def locate(self, peer: PeerId, network: str) -> None:
+        """A peer was seen to be connected from this network of the Internet; empty if it is private."""
+        if member := self._members.get(peer):
+            member.network = network
+
+    def note_deliveries(self, announced: Iterable[PeerId], delivered: Collection[PeerId]) -> None:
+        """Which of the peers that announced a payload have delivered it."""
+        for peer in announced:
+            if member := self._members.get(peer):
+                member.undelivered = 0 if peer in delivered else member.undelivered + 1
 
     def leave(self, peer: PeerId, sequence: int) -> bool:
         """The peer said goodbye; False if it was heard again since."""
@@ -147,9 +167,11 @@ class Roster:
         """Never listen to this peer again in this run; False if it is banned already."""
         if proof.peer in self.banned:
             return False
-        if len(self.banned) >= limits.ROSTER_PEERS_MAX:
-            del self.banned[next(iter(self.banned))]  # the oldest; one that still misbehaves will be convicted again
         self.banned[proof.peer] = proof
+        size = sum(kept.body_bytes for kept in self.banned.values())
+        while len(self.banned) > limits.ROSTER_PEERS_MAX or size > limits.PROOFS_BYTES_MAX:
+            oldest = next(iter(self.banned))  # if it still misbehaves it will be convicted again
+            size -= self.banned.pop(oldest).body_bytes
         self._members.pop(proof.peer, None)
         return True
 

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 from braniac.protocol import committee as seats
 from braniac.protocol import events, limits, messages, statements
+from braniac.protocol.admission import Places
+from braniac.protocol.checking import Checking
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
-from braniac.protocol.messages import Certificate, Commitment, Message, Verdict, Vote
+from braniac.protocol.messages import Certificate, Commitment, Message, SignedVerdict, Verdict, Vote
 from braniac.protocol.roster import Roster, dialable
 from braniac.protocol.round import Phase, SlotRound
 
@@ -47,6 +49,7 @@ class Rounds:
         self.unreachable_slot = 0
         """Since when others cannot dial this peer; 0: they can."""
         self._closed_at = float("-inf")
+        self._checking = Checking(identity, manifest.run_id)
 
     def begin_slot(self, slot: int) -> int:
         """Enter `slot`: the slot whose time for a certificate is over now."""
@@ -92,14 +95,32 @@ class Rounds:
     def note_commitment(self, commitment: Commitment) -> None:
         """A contribution was announced to this seat. Raises WireError."""
         self._check_slot(commitment.slot, commitment.fragment)
+        self._check_contribution(commitment)
+        current = self._seat(commitment.slot)
+        if commitment.peer not in current.commitments and not self._has_place(current, commitment.peer):
+            raise WireError(Refusal.CROWDED, "no place for it in this slot")
+        if current.commit(commitment):
+            self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, (commitment.peer,)))
+
+    def _check_contribution(self, commitment: Commitment) -> None:
+        """Might its peer make it, and is it no larger than it may be? Raises WireError."""
         tier = self._tier_of(commitment.peer)
         if tier is None or not self._manifest.holds(tier, commitment.fragment):
             raise WireError(Refusal.UNKNOWN_PEER, "a contribution of a peer that does not hold the fragment")
         if commitment.payload_bytes > self._manifest.contribution_bytes_max(commitment.fragment):
             raise WireError(Refusal.OVERSIZE, f"a contribution of {commitment.payload_bytes} bytes")
-        current = self._seat(commitment.slot)
-        if current.commit(commitment):
-            self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, (commitment.peer,)))
+
+    def _has_place(self, current: SlotRound, peer: PeerId) -> bool:
+        """Whether a contribution of `peer` is taken, as far as this seat decides that."""
+        if not current.owned or peer == self._me:
+            return True
+        wanting = (
+            member
+            for member in self._roster
+            if self._manifest.holds(member.tier, current.fragment)
+            and (member.live(current.slot) or member.peer == peer)
+        )
+        return current.places.admit(peer, wanting, current.commitments)
 
     def contradiction(self, commitment: Commitment) -> messages.Equivocation | None:
         """The proof, if its peer has announced something else for the same slot."""
@@ -118,6 +139,7 @@ class Rounds:
             if any(c.payload_digest == digest for c in current.commitments.values()):
                 current.payloads.add(digest)
                 self._try_close(current, now)
+                self._recompute(current)
 
     def close_due(self, now: float) -> None:
         """Close the rounds whose time is up."""
@@ -128,7 +150,8 @@ class Rounds:
     def _try_close(self, current: SlotRound, now: float) -> None:
         """If this peer owns the slot and it is time, ask for the merge."""
         slot, fragment = current.slot, current.fragment
-        expected = [m.peer for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment)]
+        holders = [m.peer for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment)]
+        expected = [peer for peer in holders if self._has_place(current, peer)]
         if self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and slot > self._silent_slot:
             expected.append(self._me)
         if slot <= self.signing_slot and current.may_close(expected, overdue=now >= self._overdue_at(slot)):
@@ -137,6 +160,7 @@ class Rounds:
     def _close(self, current: SlotRound) -> None:
         current.phase = Phase.MERGING
         arrived = tuple((c.peer, c.weight, c.payload_digest) for c in current.arrived())
+        self._roster.note_deliveries(current.commitments, {peer for peer, _, _ in arrived})
         self._emit(events.MergeDue(current.slot, current.fragment, arrived))
 
     def merged(self, slot: int, merged: Merged | None) -> Certificate | None:
@@ -147,33 +171,68 @@ class Rounds:
         if merged is None:
             current.phase = Phase.ABANDONED
             return None
-        if any(peer in current.excluded for peer, _ in merged.admitted):
+        if any(peer in current.excluded for peer, _ in (*merged.admitted, *merged.refused)):
             # Somebody was banned while the merge ran: once more without them, if anybody is left.
             current.phase = Phase.COLLECTING
             if current.may_close((), overdue=True):
                 self._close(current)
             return None
-        verdict = current.propose(self._identity, dict(merged.admitted), merged.digest, len(merged.update))
+        verdict = current.propose(self._identity, merged)
         for peer in current.silent():
             self._send(peer, messages.Proposal(verdict))
         return current.certificate()
 
     def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
-        """Sign an owner's proposal, or raise WireError."""
+        """Take up an owner's proposal: it is signed once its merge was found to be right. Raises WireError."""
         self._check_slot(verdict.slot, verdict.fragment)
         if verdict.slot <= self._silent_slot:
             raise WireError(Refusal.NOT_READY, "this peer may have signed for that slot before it was restarted")
         if verdict.slot > self.signing_slot:
             raise WireError(Refusal.NOT_READY, "this peer could not note yet that it signs for that slot")
         current = self._seat(verdict.slot)
-        current.check_proposal(sender, verdict)
-        for share in verdict.shares:
-            tier = self._tier_of(share.commitment.peer)
-            if tier is None or not self._manifest.holds(tier, verdict.fragment):
-                raise WireError(Refusal.UNKNOWN_PEER, "a proposal with a contribution of an unknown peer")
+        for commitment in verdict.commitments:
+            self._check_contribution(commitment)
         if verdict.update_bytes > self._manifest.update_bytes_max(verdict.fragment):
             raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
-        self._send(sender, current.sign(self._identity, verdict))
+        current.consider(sender, verdict)
+        if current.voted is not None or not self._checking.looks_at(verdict):
+            return self._vote(current)
+        for commitment in current.missing():
+            # The owner must have it; the contributor might keep it from the seats, to stop the slot.
+            holders = tuple(dict.fromkeys((verdict.owner, commitment.peer)))
+            self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, holders))
+        self._recompute(current)
+
+    def _recompute(self, current: SlotRound) -> None:
+        """If a proposal waits for it and its payloads are here, ask for the merge."""
+        if current.may_recompute():
+            current.recomputing = True
+            given = tuple((c.peer, c.weight, c.payload_digest) for c in current.proposed())
+            self._emit(events.CheckDue(current.slot, current.fragment, given))
+
+    def checked(self, slot: int, merged: Merged | None) -> None:
+        """The merge of another's slot was done again: sign the proposal if that is what it says."""
+        current = self._rounds.get(slot)
+        if current is None or not current.recomputing:
+            return  # the slot is over
+        current.recomputing = False
+        if current.is_made_of(merged):
+            if not any(c.peer in current.excluded for c in current.proposed()):
+                self._vote(current)
+            return
+        current.wrong = True
+        owner = current.committee[0]
+        self._checking.distrust(owner, slot)
+        self._emit(events.WrongMerge(owner, slot))
+
+    def check_failed(self, slot: int) -> None:
+        """The payloads of a proposal could not be read: with the next repeat of it they are fetched once more."""
+        if (current := self._rounds.get(slot)) is not None:
+            current.give_up_check()
+
+    def _vote(self, current: SlotRound) -> None:
+        assert current.verdict is not None
+        self._send(current.committee[0], current.sign(self._identity, current.verdict))
 
     def count_vote(self, sender: PeerId, vote: Vote) -> Certificate | None:
         """A vote for an own proposal: the certificate, once a majority has signed. Raises WireError."""
@@ -181,6 +240,12 @@ class Rounds:
         if current is None:
             raise WireError(Refusal.STALE, f"a vote for slot {vote.slot}, which is over")
         return current.count(sender, vote)
+
+    def counted(self, sender: PeerId, vote: Vote) -> SignedVerdict:
+        """A vote that was counted, as a statement for others."""
+        verdict = self._rounds[vote.slot].verdict
+        assert verdict is not None
+        return SignedVerdict(sender, vote.slot, verdict.body, vote.signature)
 
     def repeat_proposals(self) -> None:
         """Ask the seats that have not voted once more."""
@@ -195,7 +260,7 @@ class Rounds:
     def _candidates(self, slot: int) -> list[PeerId]:
         """Who may have a seat: those that can be dialled. Only if there is nobody like that, all the others."""
         eligible = {member.peer: member.dialable(slot) for member in self._roster.eligible(slot)}
-        if 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS:
+        if 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS and slot > self._silent_slot:
             eligible[self._me] = dialable(self.unreachable_slot, slot)
         return [peer for peer, can_be_dialled in eligible.items() if can_be_dialled] or list(eligible)
 
@@ -205,6 +270,9 @@ class Rounds:
         edge = slot - 2 * limits.ROSTER_LIVE_SLOTS
         # A signer may have lapsed or begun to leave since: it is only outranked by those who could have had its seat.
         rivals = {m.peer for m in self._roster if m.peer in signers and m.heard_slot >= edge}
+        # Nor does a ban undo what was decided about then: some have taken a certificate that others have yet to get.
+        banned = self._roster.banned
+        rivals |= {p for p in signers if p in banned and abs(slot - banned[p].slot) <= self._manifest.window}
         if self._me in signers or dialable(self.unreachable_slot, slot):
             rivals.add(self._me)
         ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(self._candidates(slot)))
@@ -218,7 +286,8 @@ class Rounds:
             if self._me not in committee:
                 raise WireError(Refusal.NOT_COMMITTEE, f"this peer has no seat in slot {slot}")
             fragment = self._manifest.fragment_of(slot)
-            self._rounds[slot] = SlotRound(self._manifest.run_id, slot, fragment, committee, self._me)
+            places = Places(self._manifest.run_id, slot, self._manifest.window)
+            self._rounds[slot] = SlotRound(self._manifest.run_id, slot, fragment, committee, self._me, places)
         return self._rounds[slot]
 
     def _tier_of(self, peer: PeerId) -> int | None:

@@ -5,6 +5,7 @@ They are signed as the bytes they travel in and keep those bytes, so nothing has
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable
 from typing import TypeVar
@@ -16,11 +17,11 @@ from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.fields import digest_of, peer_of, require, signature_of, slot_of
 from braniac.protocol.identity import Identity, PeerId, verify
-from braniac.protocol.messages import Certificate, Commitment, Equivocation, Share, Verdict
+from braniac.protocol.messages import Certificate, Commitment, Equivocation, Share, SignedVerdict, Verdict
 
 _COMMITMENT = b"commitment"
 _VERDICT = b"verdict"
-_Statement = TypeVar("_Statement", pb.Commitment, pb.Verdict)
+_Statement = TypeVar("_Statement", pb.Commitment, pb.Verdict, pb.Proofs)
 
 
 def make_commitment(
@@ -48,9 +49,11 @@ def make_verdict(
     shares: Iterable[Share],
     update_digest: bytes,
     update_bytes: int,
+    refused: Iterable[Commitment] = (),
 ) -> Verdict:
-    """Write down what the committee is to sign; shares are put in order of peer id."""
+    """Write down what the committee is to sign; shares and what was refused are put in order of peer id."""
     ordered = tuple(sorted(shares, key=lambda share: share.commitment.peer))
+    left_out = tuple(sorted(refused, key=lambda commitment: commitment.peer))
     body = pb.Verdict(
         run_id=run_id,
         slot=slot,
@@ -59,8 +62,9 @@ def make_verdict(
         shares=[pb.Share(commitment=signed_out(s.commitment), clip=s.clip) for s in ordered],
         update_digest=update_digest,
         update_bytes=update_bytes,
+        refused=map(signed_out, left_out),
     ).SerializeToString(deterministic=True)
-    return Verdict(slot, fragment, committee, ordered, update_digest, update_bytes, body)
+    return Verdict(slot, fragment, committee, ordered, update_digest, update_bytes, left_out, body)
 
 
 def sign_verdict(identity: Identity, digest: bytes) -> bytes:
@@ -126,16 +130,19 @@ def verdict_in(data: bytes, run_id: bytes) -> Verdict:
     committee = tuple(map(peer_of, body.committee))
     require(1 <= len(committee) <= limits.COMMITTEE_SIZE, "a committee of the wrong size")
     require(len(set(committee)) == len(committee), "a peer with two seats")
-    require(1 <= len(body.shares) <= limits.CONTRIBUTIONS_PER_SLOT_MAX, "no contribution, or too many")
+    count = len(body.shares) + len(body.refused)
+    require(1 <= len(body.shares) <= count <= limits.CONTRIBUTIONS_PER_SLOT_MAX, "no contribution, or too many")
     require(0 < body.update_bytes <= limits.BLOB_BYTES_MAX, "an update size out of range")
     shares = tuple(Share(commitment_in(share.commitment, run_id), share.clip) for share in body.shares)
-    peers = [share.commitment.peer for share in shares]
-    require(all(a < b for a, b in itertools.pairwise(peers)), "contributions out of order or doubled")
-    for share in shares:
-        require(0 <= share.clip <= limits.CLIP_ONE, "a clip factor out of range")
-        same = share.commitment.slot == slot and share.commitment.fragment == body.fragment
-        require(same, "a contribution to another slot")
-    return Verdict(slot, body.fragment, committee, shares, digest_of(body.update_digest), body.update_bytes, data)
+    require(all(0 <= share.clip <= limits.CLIP_ONE for share in shares), "a clip factor out of range")
+    refused = tuple(commitment_in(commitment, run_id) for commitment in body.refused)
+    digest = digest_of(body.update_digest)
+    verdict = Verdict(slot, body.fragment, committee, shares, digest, body.update_bytes, refused, data)
+    require(all((c.slot, c.fragment) == (slot, body.fragment) for c in verdict.commitments), "of another slot")
+    for group in ([share.commitment.peer for share in shares], [commitment.peer for commitment in refused]):
+        require(all(a < b for a, b in itertools.pairwise(group)), "contributions out of order or doubled")
+    require(len({c.peer for c in verdict.commitments}) == count, "a contribution both admitted and refused")
+    return verdict
 
 
 def certificate_in(message: pb.Certificate, run_id: bytes) -> Certificate:
@@ -155,12 +162,54 @@ def certificate_in(message: pb.Certificate, run_id: bytes) -> Certificate:
     return Certificate(verdict, signatures)
 
 
+def equivocation_out(proof: Equivocation) -> pb.Equivocation:
+    """A proof as it travels and as it is stored."""
+    match proof:
+        case Equivocation(Commitment() as first, Commitment() as second):
+            return pb.Equivocation(first=signed_out(first), second=signed_out(second))
+        case Equivocation(SignedVerdict() as first, SignedVerdict() as second):
+            return pb.Equivocation(first_verdict=_signed_verdict_out(first), second_verdict=_signed_verdict_out(second))
+    raise AssertionError("a proof is of two statements of one kind")
+
+
 def equivocation_in(message: pb.Equivocation, run_id: bytes) -> Equivocation:
-    """Check a proof: two different commitments of one peer to one slot, both signed by it. Raises WireError."""
-    first, second = commitment_in(message.first, run_id), commitment_in(message.second, run_id)
-    require((first.peer, first.slot) == (second.peer, second.slot), "commitments that have nothing to do with another")
-    require(first.body != second.body, "the same commitment twice")
+    """Check a proof: two different statements of one kind and one peer on one slot, signed by it. Raises WireError."""
+    first: Commitment | SignedVerdict
+    second: Commitment | SignedVerdict
+    if message.HasField("first_verdict"):
+        first = _signed_verdict_in(message.first_verdict, run_id)
+        second = _signed_verdict_in(message.second_verdict, run_id)
+    else:
+        first, second = commitment_in(message.first, run_id), commitment_in(message.second, run_id)
+    require((first.peer, first.slot) == (second.peer, second.slot), "statements that have nothing to do with another")
+    require(first.body != second.body, "the same statement twice")
     return Equivocation(first, second)
+
+
+def proofs_bytes(proofs: Iterable[Equivocation]) -> bytes:
+    """Proofs as they are stored."""
+    return pb.Proofs(proofs=map(equivocation_out, proofs)).SerializeToString()
+
+
+def open_proofs(data: bytes, run_id: bytes) -> list[Equivocation]:
+    """Inverse of `proofs_bytes`; each is checked again. Raises WireError."""
+    require(len(data) <= 2 * limits.PROOFS_BYTES_MAX, "too many proofs")
+    return [equivocation_in(proof, run_id) for proof in _parse(pb.Proofs, data).proofs]
+
+
+def _signed_verdict_out(signed: SignedVerdict) -> pb.SignedVerdict:
+    return pb.SignedVerdict(verdict=signed.body, signature=pb.Signature(peer=signed.peer, signature=signed.signature))
+
+
+def _signed_verdict_in(message: pb.SignedVerdict, run_id: bytes) -> SignedVerdict:
+    """Check who signed a verdict, not the verdict: it convicts its signer also if it is nonsense. Raises WireError."""
+    body = _parse(pb.Verdict, message.verdict)
+    if body.run_id != run_id:
+        raise WireError(Refusal.WRONG_RUN, "a verdict of another run")
+    peer, digest = peer_of(message.signature.peer), hashlib.sha256(message.verdict).digest()
+    if not verdict_signed_by(peer, digest, message.signature.signature):
+        raise WireError(Refusal.BAD_SIGNATURE, "a verdict that its signer did not sign")
+    return SignedVerdict(peer, slot_of(body.slot), message.verdict, message.signature.signature)
 
 
 def _parse(kind: type[_Statement], data: bytes) -> _Statement:

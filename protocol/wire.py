@@ -62,8 +62,7 @@ def seal(identity: Identity, run_id: bytes, sequence: int, message: Message) -> 
             peers = [pb.Acquaintance(peer=peer, addresses=addresses) for peer, addresses in message.peers]
             content.introduction.CopyFrom(pb.Introduction(peers=peers))
         case Equivocation():
-            content.equivocation.first.CopyFrom(statements.signed_out(message.first))
-            content.equivocation.second.CopyFrom(statements.signed_out(message.second))
+            content.equivocation.CopyFrom(statements.equivocation_out(message))
     data = content.SerializeToString()
     return pb.Envelope(content=data, signature=identity.sign(_ENVELOPE, data)).SerializeToString()
 

@@ -15,7 +15,7 @@ from braniac.protocol.codec import CodecRules, Sparse, TileLayout
 from braniac.protocol.errors import IdentityError, ManifestError, WireError
 from braniac.protocol.identity import PeerId, peer_id_from_text, peer_id_text
 from braniac.protocol.manifest import open_manifest, sign_manifest
-from braniac.protocol.messages import Message
+from braniac.protocol.messages import Equivocation, Message
 from tests.fuzz.target import Target
 from tests.unit.swarm_harness import identity, make_manifest
 from tests.unit.test_protocol_codec import assert_legal, vector_of
@@ -137,10 +137,17 @@ def verdict_target(data: bytes) -> bool:
         return False
     assert found.owner == found.committee[0]
     again = statements.make_verdict(
-        RUN, found.slot, found.fragment, found.committee, found.shares, found.update_digest, found.update_bytes
+        RUN,
+        found.slot,
+        found.fragment,
+        found.committee,
+        found.shares,
+        found.update_digest,
+        found.update_bytes,
+        found.refused,
     )
     assert statements.verdict_in(again.body, RUN) == again
-    assert again.shares == found.shares
+    assert (again.shares, again.refused) == (found.shares, found.refused)
     return True
 
 
@@ -162,12 +169,33 @@ def certificate_target(data: bytes) -> bool:
     return True
 
 
+def proofs(data: bytes) -> bool:
+    """Proofs against peers, as a node keeps them."""
+    try:
+        found = statements.open_proofs(data, RUN)
+    except WireError:
+        return False
+    assert all(proof.first.body != proof.second.body for proof in found)
+    assert statements.open_proofs(statements.proofs_bytes(found), RUN) == found
+    return True
+
+
+def proofs_seeds() -> Iterable[bytes]:
+    kinds = [message for message in MESSAGES.values() if isinstance(message, Equivocation)]
+    return [statements.proofs_bytes(kinds), statements.proofs_bytes(kinds[:1])]
+
+
+def verdict_seeds() -> Iterable[bytes]:
+    refusing = verdict(refused=[commitment(2), commitment(3)])
+    return [made.body for made in (verdict(), verdict(committee=(ME.peer_id,)), refusing)]
+
+
 def _with_signatures(body: pb.Verdict) -> bytes:
-    for share in body.shares:
+    for signed in (*(share.commitment for share in body.shares), *body.refused):
         with suppress(DecodeError):
-            inside = pb.Commitment.FromString(share.commitment.body)
+            inside = pb.Commitment.FromString(signed.body)
             if (person := KEYS.get(PeerId(inside.peer))) is not None:
-                share.commitment.signature = person.sign(b"commitment", share.commitment.body)
+                signed.signature = person.sign(b"commitment", signed.body)
     return body.SerializeToString()
 
 
@@ -216,12 +244,13 @@ TARGETS = {
     "envelope": Target(envelope, envelope_seeds),
     "content": Target(content, content_seeds),
     "commitment": Target(commitment_target, commitment_seeds, 512),
-    "verdict": Target(verdict_target, lambda: [verdict().body, verdict(committee=(ME.peer_id,)).body], 2048),
+    "verdict": Target(verdict_target, verdict_seeds, 2048),
     "certificate": Target(
         certificate_target,
         lambda: [statements.certificate_bytes(certificate(signers=signers)) for signers in ((0, 2), (0, 1, 2), (0,))],
         2048,
     ),
+    "proofs": Target(proofs, proofs_seeds, 2048),
     "manifest": Target(manifest, manifest_seeds),
     "peer_id": Target(peer_id, lambda: [peer_id_text(person.peer_id).encode() for person in PEOPLE], 80),
 }

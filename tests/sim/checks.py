@@ -139,12 +139,12 @@ class Checks:
         if verdict.digest in self._merges:
             return
         given = [
-            Contribution(s.commitment.peer, s.commitment.weight, self.payloads[s.commitment.payload_digest])
-            for s in verdict.shares
-            if s.commitment.payload_digest in self.payloads
+            Contribution(commitment.peer, commitment.weight, self.payloads[commitment.payload_digest])
+            for commitment in verdict.commitments
+            if commitment.payload_digest in self.payloads
         ]
         merged = merge(self._world.manifest, verdict.fragment, given[::-1])
-        if merged is None or merged.digest != verdict.update_digest or len(given) != len(verdict.shares):
+        if merged is None or merged.digest != verdict.update_digest or len(given) != len(verdict.commitments):
             self._world.violated("I4 no poison", life.machine.name, f"slot {verdict.slot}: not what its shares make")
         self._merges[verdict.digest] = verdict.update_digest
 
@@ -157,6 +157,7 @@ class Checks:
             if life is None or life.engine is None or life.daemon is None or life.dead:
                 continue
             self._check_counters(life)
+            self._check_bans(life)
             self._check_bounds(life)
 
     def _check_counters(self, life: Life) -> None:
@@ -168,6 +169,13 @@ class Checks:
         if life.transport.traffic.answers["failed"]:
             self._world.violated("I7 honest refusals", life.machine.name, "a request made the node fail")
 
+    def _check_bans(self, life: Life) -> None:
+        engine = life.engine
+        assert engine is not None
+        for machine in self._world.machines:
+            if machine.identity.peer_id in engine.roster.banned:
+                self._world.violated("I3 monotone", life.machine.name, f"holds a proof against {machine.name}")
+
     def _check_bounds(self, life: Life) -> None:
         engine, daemon, manifest = life.engine, life.daemon, self._world.manifest
         assert engine is not None
@@ -177,6 +185,7 @@ class Checks:
             "certificates": (len(engine.history._entries), horizon),
             "offers": (len(engine.history.offers), horizon),
             "open rounds": (len(engine._rounds._rounds), limits.PROPOSAL_OPEN_SLOTS + 4),
+            "witnessed slots": (len(engine._witness._signed), manifest.window + 2),
             "members": (len(engine.roster), len(self._world.machines)),
             "events": (len(engine._events), _EVENTS_MAX),
             "jobs": (daemon.path._ordered.qsize(), _JOBS_MAX + 4 * manifest.window),

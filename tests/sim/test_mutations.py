@@ -11,15 +11,18 @@ import pytest
 
 from braniac.node import datapath, store
 from braniac.node.clock import SwarmClock
+from braniac.node.datapath import DataPath
 from braniac.node.replica import Replica
-from braniac.protocol import codec, ledger
+from braniac.protocol import codec, events, ledger
 from braniac.protocol.agreement import Agreement
+from braniac.protocol.checking import Checking
 from braniac.protocol.engine import Engine
 from braniac.protocol.errors import WireError
 from braniac.protocol.history import History
 from braniac.protocol.round import Phase, SlotRound
 from tests.sim.faults import HOUR_S, Mix
 from tests.sim.world import Plan, simulate
+from tests.unit.swarm_checks import one_more
 
 SEEDS = 16
 CALM = Mix()
@@ -90,6 +93,22 @@ def sign_whatever_is_proposed(patch: Patch) -> None:
     patch.setattr(SlotRound, "may_close", eager)
 
 
+def sign_without_merging(patch: Patch) -> None:
+    """Owners propose a little more than they have merged, and the other seats believe them."""
+    honest = DataPath._merge_now
+
+    def generous(self: Any, due: Any) -> Any:
+        merged = honest(self, due)
+        if merged is None or not isinstance(due, events.MergeDue):
+            return merged
+        false = one_more(self._engine.manifest, due.fragment, merged)
+        self._node.store.put(false.update)
+        return false
+
+    patch.setattr(DataPath, "_merge_now", generous)
+    patch.setattr(Checking, "looks_at", lambda self, verdict: False)
+
+
 def count_no_starts(patch: Patch) -> None:
     """A start that saves nothing leaves no trace, and the wall clock may be set back."""
     patch.setattr(store.Store, "count_start", lambda self, least: least)
@@ -128,6 +147,7 @@ MUTATIONS: list[tuple[Callable[[Patch], None], Mix, str]] = [
     (skip_syncs, CRASHES, "a node ended"),
     (offer_before_saving, CRASHES, "I1 ledger"),
     (sign_whatever_is_proposed, CALM, "I3 monotone"),
+    (sign_without_merging, CALM, "I4 no poison"),
     (keep_all_history, CALM, "I5 bounded"),
     (download_nothing, CALM, "liveness"),
     (believe_the_own_clock, Mix(clock_offset_s=HOUR_S), "liveness"),

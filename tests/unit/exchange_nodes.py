@@ -33,7 +33,7 @@ class Node:
         self.clock = FakeClock()
         self.swarm_clock = SwarmClock(self.clock)
         self.exchange = Exchange(self.store, self.metrics, self.clock, self.swarm_clock, 30.0)
-        self.blobs = Blobs(self.store, self.exchange, self.metrics)
+        self.blobs = Blobs(self.store, self.exchange, self.metrics, self.clock)
         self.transport = network.join(self.peer)
 
     async def serve(self, handler: Callable[[PeerId, bytes], Awaitable[bytes]] | None = None) -> None:

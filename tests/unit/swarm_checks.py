@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+
+import numpy as np
 
 from braniac.protocol import codec, committee, events, messages, statements, wire
 from braniac.protocol.errors import Refusal, WireError
-from braniac.protocol.merge import Contribution, merge
+from braniac.protocol.manifest import Manifest
+from braniac.protocol.merge import Contribution, Merged, merge
 from tests.unit.swarm_harness import Peer, Swarm, identity
 
 WINDOW = 3  # fragments in the harness's default run
@@ -45,6 +49,10 @@ def acknowledged_and_listed(swarm: Swarm) -> None:
             assert listed in (None, peer.offered.get(entry.certificate.verdict.slot))
             checked += listed is not None
     assert checked > 0
+
+
+def banned_by(peer: Peer) -> set[bytes]:
+    return set(peer.engine.roster.banned)
 
 
 def reached(phase: str, owner: Peer, slot: int) -> bool:
@@ -103,6 +111,15 @@ def forge(swarm: Swarm, slot: int, seats: list[Peer], signers: list[Peer], share
     )
     signatures = tuple((peer.id, statements.sign_verdict(peer.identity, verdict.digest)) for peer in signers)
     return messages.Certificate(verdict, signatures)
+
+
+def one_more(manifest: Manifest, fragment: int, merged: Merged) -> Merged:
+    """A merge in which one level of the update is larger than it should be."""
+    layout, rules = manifest.fragments[fragment].layout, manifest.down
+    update = codec.decode(layout, rules, merged.update)
+    values = update.values.copy()
+    values[values == values[0]] += np.int32(np.sign(values[0]) << 12)
+    return dataclasses.replace(merged, update=codec.encode(layout, rules, codec.Sparse(update.positions, values))[0])
 
 
 SEQUENCE = iter(range(1 << 40, 1 << 41))

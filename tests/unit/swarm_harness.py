@@ -29,7 +29,7 @@ from braniac.protocol.errors import WireError
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import FragmentSpec, Manifest, MergeRules
-from braniac.protocol.merge import Contribution, merge
+from braniac.protocol.merge import Contribution, Merged, merge
 from braniac.protocol.messages import FragmentState
 
 EPOCH_S = 1_700_000_000.123
@@ -121,6 +121,8 @@ class Peer:
         self.incarnation = 0
         self.alive = self.awake = False
         self.trains = True
+        self.signed_slot = -1
+        """What the disk says of earlier lives when it starts."""
         self.resting = self.catching_up = False
         """The latter: back from a rest, and not yet where the others are."""
         self.weights: dict[int, Int64Array] = {}
@@ -221,7 +223,9 @@ class Peer:
             incarnation=self.incarnation,
             now=self.swarm.now,
             history=history,
+            signed_slot=self.signed_slot,
         )
+        self.engine.may_sign(1 << 40)
         for f in history.last:
             self.engine.anchor_known(self.states[f])
         for other in self.swarm.peers:
@@ -307,6 +311,8 @@ class Peer:
                 self._fetch(event)
             case events.MergeDue():
                 self.swarm.later(self, 0.02, lambda: self._merge(event))
+            case events.CheckDue():
+                self.swarm.later(self, 0.02, lambda: self._check(event))
             case events.UpdateDue():
                 self._apply(event)
             case events.FragmentLost():
@@ -364,11 +370,17 @@ class Peer:
         return None
 
     def _merge(self, due: events.MergeDue) -> None:
+        self.engine.merged(due.slot, self._merge_now(due))
+
+    def _check(self, due: events.CheckDue) -> None:
+        self.engine.checked(due.slot, self._merge_now(due))
+
+    def _merge_now(self, due: events.MergeDue | events.CheckDue) -> Merged | None:
         contributions = [Contribution(peer, tokens, self.blobs[digest]) for peer, tokens, digest in due.contributions]
         merged = merge(self.swarm.manifest, due.fragment, contributions)
         if merged is not None:
             self._put(merged.update)
-        self.engine.merged(due.slot, merged)
+        return merged
 
     def _apply(self, due: events.UpdateDue) -> None:
         verdict = due.certificate.verdict

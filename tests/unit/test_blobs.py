@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from braniac.node.exchange import BlobUnavailable
+from braniac.node.holders import Holders
 from braniac.protocol import limits
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.errors import Refusal
 from braniac.protocol.identity import PeerId
-from tests.unit.exchange_nodes import Liar, Nodes
+from tests.unit.exchange_nodes import Liar, Node, Nodes
 from tests.unit.node_harness import identity
 
 CHUNK = limits.CHUNK_BYTES_MAX
@@ -91,7 +92,7 @@ async def test_a_liar_is_passed_over(nodes: Nodes, lie: Liar) -> None:
     await liar.lie(blob, lie)
     digest = hashlib.sha256(blob).digest()
     with pytest.raises(BlobUnavailable) as caught:
-        await asker.blobs.fetch(asker.transport, digest, len(blob), [liar.peer])
+        await asker.blobs.fetch(asker.transport, digest, len(blob), [liar.peer, holder.peer])
     assert len(str(caught.value)) < 300
     assert not asker.store.has(digest)
     holder.store.put(blob)
@@ -127,3 +128,57 @@ async def test_a_holder_of_garbage_is_counted(nodes: Nodes) -> None:
     with pytest.raises(BlobUnavailable, match="malformed"):
         await asker.blobs.fetch(asker.transport, bytes(32), 6, [babbler.peer])
     assert asker.refused(Refusal.MALFORMED) == 1
+
+
+# --- slow holders ----------------------------------------------------------------------------------------------------
+
+
+async def slow_holder(nodes: Nodes, asker: Node, blob: bytes) -> Node:
+    """It gives the least that it may at a time, and each piece takes two seconds."""
+    holder = nodes.make(2)
+
+    async def answer(peer: PeerId, data: bytes) -> bytes:
+        asker.clock.advance(2.0)
+        request = pb.Request.FromString(data).chunk
+        end = request.offset + min(request.length, limits.PIECE_BYTES_MIN)
+        return pb.Reply(chunk=blob[request.offset : end], blob_bytes=len(blob)).SerializeToString()
+
+    await holder.serve(answer)
+    return holder
+
+
+async def test_a_slow_holder_is_left_for_another_one_and_asked_last_from_then_on(nodes: Nodes) -> None:
+    asker, holder = await nodes.pair()
+    blob = blob_of(CHUNK // 2)
+    slow = await slow_holder(nodes, asker, blob)
+    digest = holder.store.put(blob)
+    await asker.blobs.fetch(asker.transport, digest, len(blob), [slow.peer, holder.peer])
+    assert asker.store.get(digest) == blob
+    asked = slow.transport.traffic.answers["ok"]
+    assert 1 < asked < len(blob) // limits.PIECE_BYTES_MIN
+    other = holder.store.put(b"another")
+    await asker.blobs.fetch(asker.transport, other, 7, [slow.peer, holder.peer])
+    assert slow.transport.traffic.answers["ok"] == asked, "it would have been asked first"
+
+
+async def test_a_slow_holder_is_better_than_none(nodes: Nodes) -> None:
+    asker = await nodes.asker()
+    blob = blob_of(CHUNK // 4)
+    slow = await slow_holder(nodes, asker, blob)
+    await asker.blobs.fetch(asker.transport, hashlib.sha256(blob).digest(), len(blob), [slow.peer])
+    assert asker.store.has(hashlib.sha256(blob).digest())
+
+
+def test_faults_are_forgiven_when_a_holder_delivers() -> None:
+    a, b, c = (identity(n).peer_id for n in range(3))
+    holders = Holders()
+    assert holders.in_order([c, a, b]) == [c, a, b]
+    for _ in range(3):
+        holders.failed(c)
+    holders.failed(a)
+    assert holders.in_order([c, a, b]) == [b, a, c]
+    holders.delivered(a)
+    assert holders.in_order([c, a, b]) == [a, b, c]
+    for _ in range(2):
+        holders.delivered(c)
+    assert holders.in_order([c, a, b]) == [c, a, b]

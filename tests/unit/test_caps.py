@@ -173,7 +173,7 @@ class Node:
         self.throttle = Throttle(caps, clock, self.meter, passing(clock))
         metrics = Metrics("test", 1)
         self.exchange = Exchange(self.store, metrics, clock, swarm_clock, PATIENCE_S, self.throttle)
-        self.blobs = Blobs(self.store, self.exchange, metrics)
+        self.blobs = Blobs(self.store, self.exchange, metrics, clock)
         manifest = make_manifest(self.identity)
         self.exchange.engine = Engine(manifest, self.identity, 0, incarnation=1, now=EPOCH_S, history=History(manifest))
         self.transport = network.join(self.peer)

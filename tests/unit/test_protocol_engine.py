@@ -218,14 +218,18 @@ def test_a_goodbye_frees_the_seats_at_once() -> None:
 
 
 def test_an_update_that_nobody_has_any_more_changes_nothing() -> None:
-    """The owner certified and died with its disk: the certificate stands, cannot be applied, and is forgotten."""
+    """All who merged lost their disks: the certificate stands, cannot be applied, and is forgotten."""
     swarm = Swarm.running([0] * 3)
     slot = swarm.slot + 1
     owner = owner_of(swarm, slot)
     swarm.run_until(swarm.manifest.slot_start(slot) - 0.005)
     while not reached("settled", owner, slot):
         swarm.run(0.001)
+    certificate = owner.settled[slot].certificate
+    assert certificate is not None
     owner.kill()
+    for seat in swarm.live:
+        seat.blobs.pop(certificate.verdict.update_digest, None)
     f = swarm.manifest.fragment_of(slot)
     before = [peer.states[f] for peer in swarm.live]
     swarm.run(0.5)
@@ -332,6 +336,19 @@ def test_nothing_is_signed_before_it_is_durable_that_it_may_have_been() -> None:
     engine.may_sign(14)
     engine.may_sign(13)
     assert due(engine, 16) == [13, 14]
+
+
+def test_a_start_in_the_past_signs_nothing_that_an_earlier_one_may_have_signed() -> None:
+    """The clock lost its time and nobody is there to ask: alone, it would decide every slot once more."""
+    swarm = Swarm.running([0])
+    alone = swarm.peers[0]
+    alone.kill()
+    alone.signed_slot = swarm.slot + 6
+    alone.restart()
+    swarm.run(12)
+    first = alone.signed_slot + 1
+    assert not any(swarm.certified(first - 6 + 1, first - 1).values())
+    assert_flowing(swarm, first, swarm.slot - 2)
 
 
 # --- fragments that are lost -----------------------------------------------------------------------------------------

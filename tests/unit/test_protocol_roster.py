@@ -153,6 +153,14 @@ def test_bans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(roster.banned) == [identity(n).peer_id for n in (2, 3, 4)]
 
 
+def test_proofs_take_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PROOFS_BYTES_MAX", 3 * proof(0).body_bytes)
+    roster = Roster()
+    for n in range(5):
+        roster.ban(proof(n))
+    assert list(roster.banned) == [identity(n).peer_id for n in (2, 3, 4)]
+
+
 def test_a_full_roster_forgets_whoever_was_silent_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "ROSTER_PEERS_MAX", 3)
     roster = Roster()

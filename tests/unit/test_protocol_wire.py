@@ -28,6 +28,7 @@ from braniac.protocol.messages import (
     Offer,
     Proposal,
     Share,
+    SignedVerdict,
     Verdict,
     Vote,
 )
@@ -74,6 +75,12 @@ def certificate(of: Verdict | None = None, signers: tuple[int, ...] = (0, 2)) ->
     return Certificate(of, signatures)
 
 
+def signed_verdict(of: Verdict | None = None, signer: int = 0) -> SignedVerdict:
+    of = of or verdict()
+    signature = statements.sign_verdict(PEOPLE[signer], of.digest)
+    return SignedVerdict(PEOPLE[signer].peer_id, of.slot, of.body, signature)
+
+
 MESSAGES: dict[str, Message] = {
     "heartbeat": Heartbeat(
         slot=-1,
@@ -89,11 +96,13 @@ MESSAGES: dict[str, Message] = {
     "plain heartbeat": Heartbeat(0, 0, -1),
     "offer": Offer(commitment()),
     "proposal": Proposal(verdict()),
+    "proposal with refusals": Proposal(verdict(refused=[commitment(2), commitment(3)])),
     "vote": Vote(7, digest("verdict"), b"s" * 64),
     "certificate": certificate(),
     "request": CertificateRequest((CertificateName(5, digest("c")),)),
     "goodbye": Goodbye(8),
     "equivocation": Equivocation(commitment(), commitment(weight=13)),
+    "equivocation of a seat": Equivocation(signed_verdict(), signed_verdict(verdict(update_bytes=56))),
 }
 
 
@@ -292,6 +301,9 @@ MALFORMED: dict[str, Message] = {
     "a clip": Proposal(verdict(shares=[Share(commitment(), limits.CLIP_ONE + 1)])),
     "a share of another slot": Proposal(verdict(shares=[Share(commitment(slot=8), 1)])),
     "a share of another fragment": Proposal(verdict(shares=[Share(commitment(fragment=2), 1)])),
+    "a refusal of another slot": Proposal(verdict(refused=[commitment(2, slot=8)])),
+    "a refusal twice": Proposal(verdict(refused=[commitment(2), commitment(2)])),
+    "a share that was refused": Proposal(verdict(refused=[commitment(1)])),
     "an empty committee": Proposal(verdict(committee=())),
     "a crowded committee": Proposal(verdict(committee=tuple(p.peer_id for p in PEOPLE))),
     "two seats for one": Proposal(verdict(committee=(ME.peer_id, ME.peer_id))),
@@ -300,12 +312,28 @@ MALFORMED: dict[str, Message] = {
     "one commitment twice": Equivocation(commitment(), commitment()),
     "commitments of two peers": Equivocation(commitment(0), commitment(1)),
     "commitments to two slots": Equivocation(commitment(), commitment(slot=8)),
+    "one verdict twice": Equivocation(signed_verdict(), signed_verdict()),
+    "verdicts of two seats": Equivocation(signed_verdict(), signed_verdict(verdict(update_bytes=56), signer=1)),
+    "verdicts on two slots": Equivocation(
+        signed_verdict(), signed_verdict(verdict(slot=8, shares=[Share(commitment(slot=8), 1)]))
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_fields_out_of_bounds(name: str) -> None:
     assert refusal_of(lambda: wire.open_envelope(sealed(MALFORMED[name]), RUN)) is Refusal.MALFORMED
+
+
+def test_a_proof_with_a_verdict_that_its_seat_did_not_sign() -> None:
+    other = replace(signed_verdict(verdict(update_bytes=56)), signature=signed_verdict().signature)
+    proof = sealed(Equivocation(signed_verdict(), other))
+    assert refusal_of(lambda: wire.open_envelope(proof, RUN)) is Refusal.BAD_SIGNATURE
+
+
+def test_a_proof_of_another_run() -> None:
+    there = signed_verdict(verdict(run_id=OTHER_RUN, shares=[]))
+    assert refusal_of(lambda: wire.open_envelope(sealed(Equivocation(there, there)), RUN)) is Refusal.WRONG_RUN
 
 
 def test_shares_out_of_order() -> None:
