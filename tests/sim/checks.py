@@ -180,7 +180,8 @@ class Checks:
         engine, daemon, manifest = life.engine, life.daemon, self._world.manifest
         assert engine is not None
         assert daemon is not None
-        horizon = engine.history.horizon + limits.ROSTER_LIVE_SLOTS
+        # Twice: a life whose clock was ahead may have left some of slots that are still to come.
+        horizon = 2 * engine.history.horizon + limits.ROSTER_LIVE_SLOTS
         sizes: dict[str, tuple[int, int]] = {
             "certificates": (len(engine.history._entries), horizon),
             "offers": (len(engine.history.offers), horizon),
