@@ -29,6 +29,7 @@ from malformed import bad_payloads, hold_court
 from braniac.model.sources import Corpus
 from braniac.node.text import default_text
 from braniac.protocol import limits
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import MergeRules
 from braniac.protocol.merge import Contribution
@@ -84,6 +85,26 @@ def malformed(plan: Plan, corpus: Corpus, clean: float) -> dict[str, Any]:
     }
 
 
+def honest(plan: Plan, corpus: Corpus) -> dict[str, float]:
+    """Share of the contributions of honest swarms that the screens leave out, in percent."""
+    sparse = replace(plan, up=CodecRules(64, 1), down=CodecRules(256, 2))
+    swarms = {
+        "2 peers": replace(plan, tiers=(0,) * 2),
+        "3 peers": replace(plan, tiers=(0,) * 3),
+        "4 peers": replace(plan, tiers=(0,) * 4),
+        "4 peers of tiers 0, 1, 2, 2": replace(plan, tiers=(0, 1, 2, 2)),
+        "8 peers": plan,
+        "8 peers, 64 of 4096 values": sparse,
+    }
+    found = {}
+    for name, variant in swarms.items():
+        swarm = Byzantine(variant, corpus, "absent", 0)
+        swarm.run()
+        found[name] = round(swarm.left_out_percent(False), 2)
+        sys.stderr.write(f"honest, {name}: {found[name]}% left out\n")
+    return found
+
+
 def active(plan: Plan, corpus: Corpus, seeds: Sequence[int], attacks: Sequence[str]) -> dict[str, Any]:
     """Final losses and what they are over those of honest peers."""
     clean = [_loss(Byzantine(replace(plan, seed=seed), corpus, "absent", 0)) for seed in seeds]
@@ -127,7 +148,7 @@ def missed(report: Mapping[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
-    parser.add_argument("--attacks", default=",".join(("absent", *ACTIVE)), help="which, by name (default: all)")
+    parser.add_argument("--attacks", default=",".join(("absent", *ACTIVE)), help="which, by name (default: most)")
     parser.add_argument("--windows", type=int, default=Plan.windows)
     parser.add_argument("--margin", type=int, default=MergeRules.margin_percent, help="of the screen; 0: without it")
     parser.add_argument("--weight-cap", type=int, default=MergeRules.weight_cap)
@@ -139,10 +160,12 @@ def main() -> int:
     rules = MergeRules(margin_percent=options.margin, weight_cap=options.weight_cap)
     plan = Plan(windows=Plan.windows // 2 if options.quick else options.windows, merge=rules)
     seeds = range(1 if options.quick else options.seeds)
-    attacks = _QUICK if options.quick else options.attacks.split(",")
+    attacks = _QUICK if options.quick else [name for name in options.attacks.split(",") if name]
     corpus = default_text().load(plan.config.vocab_size)
     report = active(plan, corpus, seeds, attacks)
     report["malformed"] = malformed(plan, corpus, report["loss_clean"][0])
+    if not options.quick:
+        report["honest_left_out_percent"] = honest(plan, corpus)
     report |= {"seeds": len(seeds), "missed": missed(report), "cpu_s": round(time.process_time() - began_s, 1)}
     print(json.dumps(report) if options.json else json.dumps(report, indent=2))
     return 1 if report["missed"] else 0

@@ -103,11 +103,11 @@ def median(values: Sequence[int]) -> int:
 def clip_factors(norms: Sequence[int]) -> list[int]:
     """One 16-bit fraction per contribution: norms above the median are scaled to it, others keep CLIP_ONE.
 
-    Of an even count it is the lower of the middle two: else one of two could be as loud as it likes.
+    The bound is at most twice the lower of the middle two: else one of two could be as loud as it likes.
     """
     if not norms:
         return []
-    bound = sorted(norms)[(len(norms) - 1) // 2]
+    bound = min(median(norms), 2 * sorted(norms)[(len(norms) - 1) // 2])
     return [limits.CLIP_ONE if norm <= bound else bound * limits.CLIP_ONE // norm for norm in norms]
 
 

@@ -199,7 +199,9 @@ def test_the_median_of_an_even_count_is_between() -> None:
     assert screen.median([5, 1, 9, 6]) == 5
     assert screen.clip_factors([]) == []
     assert screen.clip_factors([0, 0, 10]) == [limits.CLIP_ONE, limits.CLIP_ONE, 0]
-    assert screen.clip_factors([10, 20]) == [limits.CLIP_ONE, limits.CLIP_ONE // 2]
+    assert screen.clip_factors([10, 20]) == [limits.CLIP_ONE, 15 * limits.CLIP_ONE // 20]
+    assert screen.clip_factors([10, 2000]) == [limits.CLIP_ONE, 20 * limits.CLIP_ONE // 2000]
+    assert screen.clip_factors([10, 20, 2000, 2000]) == [limits.CLIP_ONE] * 2 + [40 * limits.CLIP_ONE // 2000] * 2
 
 
 def test_norms_are_exact_beyond_int64() -> None:
