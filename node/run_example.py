@@ -20,6 +20,7 @@ codec:                    # values kept of each 64x64 tile, and bits of their ma
 merge:
   step: 1.0               # outer step size, 1/64 to 4
   coverage: 0.5           # 0: divide by everybody's weight, 1: by that of who sent a value, 0.5: in between
+  margin_percent: 25      # left out is who agrees with the others so much less than most do; 0: nobody
 
 data:
   tokenizer: bytes        # or a tokenizer.json of Hugging Face, which all who bring text must then have
@@ -33,5 +34,5 @@ optimizer:                # of every node that does not set its own train.learni
 
 admission:
   who: anybody            # the only rule there is: any identity that speaks this protocol
-  weight_cap: 4           # a contribution weighs at most this many times the median, 1 to 8
+  weight_cap: 1           # a contribution weighs at most this many times the median, 1 to 8
 """

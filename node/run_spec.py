@@ -60,6 +60,7 @@ class MergeSpec(Section):
 
     step: float = Field(default=1.0, ge=1 / 64, le=4)
     coverage: Annotated[float, AfterValidator(_half)] = 0.5
+    margin_percent: int = Field(default=25, ge=0, le=100)
 
 
 class DataSpec(Section):
@@ -74,7 +75,7 @@ class AdmissionSpec(Section):
     """Who may take part, and how much one may weigh: no more than the protocol enforces."""
 
     who: Literal["anybody"] = "anybody"
-    weight_cap: int = Field(default=4, ge=1, le=8)
+    weight_cap: int = Field(default=1, ge=1, le=8)
 
 
 class RunSpec(Section):
@@ -176,6 +177,7 @@ def manifest_of(spec: RunSpec, founder: Identity, now: float) -> tuple[Manifest,
                 step_q16=round(spec.merge.step * (1 << 16)),
                 coverage_halves=round(2 * spec.merge.coverage),
                 weight_cap=spec.admission.weight_cap,
+                margin_percent=spec.merge.margin_percent,
             ),
         )
         body, signature = sign_manifest(manifest, founder)

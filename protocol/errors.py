@@ -29,6 +29,7 @@ class Refusal(enum.StrEnum):
     NO_MAJORITY = "no_majority"  # a certificate without enough valid signatures
     WRONG_SHAPE = "wrong_shape"  # a payload that does not fit its fragment
     WRONG_DIGEST = "wrong_digest"  # bytes that do not hash to what was announced
+    OPPOSED = "opposed"  # a contribution that contradicts those of most others
     EQUIVOCATION = "equivocation"  # two different signed statements about one (fragment, slot)
     CONFLICT = "conflict"  # a proposal that contradicts an earlier one
     WRONG_MERGE = "wrong_merge"  # a proposal whose update is not what its contributions make

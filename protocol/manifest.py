@@ -41,8 +41,10 @@ class MergeRules:
     """alpha, the outer step size, as a 16-bit fraction."""
     coverage_halves: int = 1
     """Normaliser N_i: 0 is everybody's weight, 2 that of the senders of coordinate i, 1 their geometric mean."""
-    weight_cap: int = 4
+    weight_cap: int = 1
     """A contributor weighs at most this many times the median."""
+    margin_percent: int = 25
+    """How far behind the others' agreement a contribution may be, of full agreement; 0: it is not looked at."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Manifest:
         _check(1 << 10 <= self.merge.step_q16 <= 1 << 18, "an outer step between 1/64 and 4")
         _check(self.merge.coverage_halves in (0, 1, 2), "a coverage exponent of 0, 1 or 2 halves")
         _check(1 <= self.merge.weight_cap <= 8, "a weight cap between 1 and 8")  # merge.py's sums stay below 2**63
+        _check(0 <= self.merge.margin_percent <= 100, "a margin of 0 to 100 percent")
 
     @property
     def slot_s(self) -> float:
@@ -144,7 +147,12 @@ class Manifest:
             "fragments": [[f.ring, [list(g) for g in f.layout.groups]] for f in self.fragments],
             "up": [self.up.per_tile, self.up.magnitude_bits],
             "down": [self.down.per_tile, self.down.magnitude_bits],
-            "merge": [self.merge.step_q16, self.merge.coverage_halves, self.merge.weight_cap],
+            "merge": [
+                self.merge.step_q16,
+                self.merge.coverage_halves,
+                self.merge.weight_cap,
+                self.merge.margin_percent,
+            ],
         }
         return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 

@@ -1,8 +1,10 @@
 """Merging contributions into one update: integer sums in sorted peer order, so the same set gives the same bytes.
 
-    A_i = alpha * sum_r w_r v_r,i / N_i         v_r clipped to the median norm, w_r tokens capped at 4 medians
+    A_i = alpha * sum_r w_r v_r,i / N_i         v_r clipped to the median norm, w_r tokens capped, shared among copies
     N_i = W, sqrt(W * W_i) or W_i               W: weight of all contributors, W_i: of those that sent coordinate i
     U   = top-k2 per tile of A, quantised       what does not fit returns to its senders
+
+Before that, contributions that contradict most of the others are left out (screen.py); their senders keep the work.
 
 Everything is int64 and stays below 2**63 with the most contributors, weights and levels that are legal. There are two
 declared roundings: division rounds half away from zero, the square root rounds down (IEEE 754 square roots of integers
@@ -63,12 +65,18 @@ def merge(manifest: Manifest, fragment: int, contributions: Sequence[Contributio
     assert len({c.peer for c, _ in decoded}) == len(decoded), "one contribution per peer and slot"
     if not decoded:
         return None
-    clips = screen.clip_factors([screen.integer_norm(sparse) for _, sparse in decoded])
-    weights = screen.scaled_weights([c.tokens for c, _ in decoded], manifest.merge.weight_cap)
-    average = _average(manifest.merge, [sparse for _, sparse in decoded], clips, weights)
+    comparison = screen.compare(spec.layout.size, [sparse for _, sparse in decoded])
+    opposed = comparison.opposed(manifest.merge.margin_percent)
+    refused += [(decoded[n][0].peer, Refusal.OPPOSED) for n in opposed]
+    kept = [n for n in range(len(decoded)) if n not in opposed]
+    peers, vectors = [decoded[n][0] for n in kept], [decoded[n][1] for n in kept]
+    clips = screen.clip_factors([screen.integer_norm(sparse) for sparse in vectors])
+    voices = comparison.only(kept).voices()
+    weights = screen.scaled_weights([c.tokens for c in peers], voices, manifest.merge.weight_cap)
+    average = _average(manifest.merge, vectors, clips, weights)
     update, _ = codec.encode(spec.layout, manifest.down, _top(spec.layout, average, manifest.down.per_tile))
-    admitted = tuple((c.peer, factor) for (c, _), factor in zip(decoded, clips, strict=True))
-    return Merged(update, admitted, tuple(refused))
+    admitted = tuple((c.peer, factor) for c, factor in zip(peers, clips, strict=True))
+    return Merged(update, admitted, tuple(sorted(refused)))
 
 
 def _average(rules: MergeRules, vectors: Sequence[Sparse], clips: Sequence[int], weights: Sequence[int]) -> Sparse:

@@ -167,27 +167,31 @@ def test_norms_above_the_median_are_clipped_to_it() -> None:
     assert dense(manifest, result) == [300, 400]
 
 
+@pytest.mark.parametrize("cap", [1, 4])
 @pytest.mark.parametrize("attackers", [1, 2, 3])
-def test_loud_liars_are_bounded(attackers: int) -> None:
-    """Below half of the peers, the largest values and the largest claims move the mean by no more than their cap."""
+def test_loud_liars_are_bounded(attackers: int, cap: int) -> None:
+    """Below half of the peers, the largest values and the largest claims move the mean by no more than their cap.
+
+    Those who say the same share one voice; honest peers do too here, but they are more than half.
+    """
     size, honest = 4, 7 - attackers
-    manifest = exact(size, coverage_halves=0)
+    manifest = exact(size, coverage_halves=0, weight_cap=cap, margin_percent=0)
     truth = [1000, -1000, 1000, -1000]
     given = [of(manifest, n, truth) for n in range(honest)]
     loud = [-v * 4096 for v in truth]
     given += [of(manifest, honest + n, loud, tokens=limits.WEIGHT_MAX) for n in range(attackers)]
     update = dense(manifest, merged(manifest, given))
-    cap = manifest.merge.weight_cap
-    worst = 1000 * (honest - cap * attackers) / (honest + cap * attackers)
-    assert update == pytest.approx([worst, -worst, worst, -worst], abs=2)
+    worst = 1000 * (honest - cap) / (honest + cap)
+    assert update == pytest.approx([worst, -worst, worst, -worst], abs=8)
     assert max(map(abs, update)) <= 1001
 
 
-def test_weights_are_capped_at_medians() -> None:
-    assert screen.scaled_weights([100, 100, 100], 4) == [256] * 3
-    assert screen.scaled_weights([50, 100, 1 << 20], 4) == [128, 256, 1024]
-    assert screen.scaled_weights([1, 1 << 20, 1 << 20], 4) == [1, 256, 256]
-    assert screen.scaled_weights([], 4) == []
+def test_weights_are_capped_at_medians_and_shared_by_who_says_the_same() -> None:
+    assert screen.scaled_weights([100, 100, 100], [1, 1, 1], 4) == [256] * 3
+    assert screen.scaled_weights([50, 100, 1 << 20], [1, 1, 1], 4) == [128, 256, 1024]
+    assert screen.scaled_weights([50, 100, 1 << 20], [1, 2, 2], 1) == [128, 128, 128]
+    assert screen.scaled_weights([1, 1 << 20, 1 << 20], [2, 1, 2], 4) == [1, 256, 128]
+    assert screen.scaled_weights([], [], 4) == []
 
 
 def test_the_median_of_an_even_count_is_between() -> None:
@@ -195,6 +199,9 @@ def test_the_median_of_an_even_count_is_between() -> None:
     assert screen.median([5, 1, 9, 6]) == 5
     assert screen.clip_factors([]) == []
     assert screen.clip_factors([0, 0, 10]) == [limits.CLIP_ONE, limits.CLIP_ONE, 0]
+    assert screen.clip_factors([10, 20]) == [limits.CLIP_ONE, 15 * limits.CLIP_ONE // 20]
+    assert screen.clip_factors([10, 2000]) == [limits.CLIP_ONE, 20 * limits.CLIP_ONE // 2000]
+    assert screen.clip_factors([10, 20, 2000, 2000]) == [limits.CLIP_ONE] * 2 + [40 * limits.CLIP_ONE // 2000] * 2
 
 
 def test_norms_are_exact_beyond_int64() -> None:

@@ -26,7 +26,7 @@ from braniac.node.run_example import EXAMPLE
 from braniac.node.run_spec import manifest_of, parse_spec, read_spec
 from braniac.protocol.errors import VersionMismatch
 from braniac.protocol.identity import Identity
-from braniac.protocol.manifest import Manifest, open_manifest, sign_manifest
+from braniac.protocol.manifest import Manifest, MergeRules, open_manifest, sign_manifest
 from tests.unit.node_harness import CONFIG, EPOCH_S, identity
 from tests.unit.texts import write_tokenizer
 
@@ -69,14 +69,14 @@ def test_everything_that_is_described_is_in_the_manifest() -> None:
         slot_s=2.5,
         fragments=12,
         codec={"up": {"per_tile": 32, "magnitude_bits": 2}, "down": {"per_tile": 64, "magnitude_bits": 3}},
-        merge={"step": 0.5, "coverage": 1},
+        merge={"step": 0.5, "coverage": 1, "margin_percent": 40},
         admission={"who": "anybody", "weight_cap": 2},
     )
     assert bridge.model_of(made)[0] == dataclasses.replace(PRESETS["tiny"], num_hidden_layers=3)
     assert (made.seed, made.slot_ms, made.window) == (7, 2500, 12)
     assert (made.up.per_tile, made.up.magnitude_bits) == (32, 2)
     assert (made.down.per_tile, made.down.magnitude_bits) == (64, 3)
-    assert (made.merge.step_q16, made.merge.coverage_halves, made.merge.weight_cap) == (1 << 15, 2, 2)
+    assert made.merge == MergeRules(step_q16=1 << 15, coverage_halves=2, weight_cap=2, margin_percent=40)
     assert (made.founder, made.epoch_ms) == (identity(0).peer_id, int(EPOCH_S * 1000))
 
 
