@@ -180,10 +180,11 @@ class Checks:
         engine, daemon, manifest = life.engine, life.daemon, self._world.manifest
         assert engine is not None
         assert daemon is not None
-        # Twice: a life whose clock was ahead may have left some of slots that are still to come.
-        horizon = 2 * engine.history.horizon + limits.ROSTER_LIVE_SLOTS
+        horizon = engine.history.horizon + limits.ROSTER_LIVE_SLOTS
+        ahead = sum(slot > engine.slot for slot in engine.history._entries)  # of a life whose clock was ahead
         sizes: dict[str, tuple[int, int]] = {
-            "certificates": (len(engine.history._entries), horizon),
+            "certificates": (len(engine.history._entries) - ahead, horizon),
+            "certificates of slots to come": (ahead, horizon),
             "offers": (len(engine.history.offers), horizon),
             "open rounds": (len(engine._rounds._rounds), limits.PROPOSAL_OPEN_SLOTS + 4),
             "witnessed slots": (len(engine._witness._signed), manifest.window + 2),
