@@ -3,8 +3,9 @@
 A peer that is merely out of reach trains on, offers nothing to the slot, and keeps its work. One that is killed trains
 nothing in the slot and goes back to its last generation, which a node writes with every offer; then it applies the
 certificates since, as a restarted node does. Reported is how much higher the final loss of the agreed weights is than
-without absence after equally many slots, the mean over seeds. Real trainers, codec, merge and ledger (lockstep.py). The
-JSON object is the last line on stdout, progress goes to stderr. Exit code 1 if a target is missed.
+without absence after equally many slots, the mean over seeds. Real trainers, codec, merge and ledger
+(outer/braniac.py). The JSON object is the last line on stdout, progress goes to stderr. Exit code 1 if a target is
+missed.
 
     python benchmarks/absence.py --json
     python benchmarks/absence.py --quick --json
@@ -22,11 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lockstep import Lockstep, Offer, Peer, Plan, percent_over
 
 from braniac.model.fragments import Fragment
 from braniac.model.sources import Corpus
 from braniac.node.text import default_text
+from outer.braniac import Braniac, Offer, percent_over
+from outer.swarm import Peer, Plan
 
 TARGETS_PERCENT = {10: 0.5, 25: 1.0, 50: 3.0}
 """By share of the peers that miss a slot, in percent."""
@@ -43,7 +45,7 @@ class Generation:
     """Changes by certificates."""
 
 
-class Absence(Lockstep):
+class Absence(Braniac):
     """A swarm whose peers are missing now and then."""
 
     def __init__(self, plan: Plan, corpus: Corpus, percent: int, killed: float) -> None:

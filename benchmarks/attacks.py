@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from lockstep import Offer
 
 from braniac.protocol import codec, limits
 from braniac.protocol.bitpack import Int64Array
 from braniac.protocol.codec import EMPTY, CodecRules, Sparse, TileLayout
+from outer.braniac import Offer
 
 LOUD = 1000
 _BEHIND = 3  # windows by which a stale contribution is late

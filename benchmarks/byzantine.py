@@ -4,7 +4,8 @@ Malformed: a real engine is sent one of everything that must be refused, with th
 8 honest peers trains beside two that send nothing but broken payloads. Active: of 8 peers the last 2 or 3 attack in
 every slot, and claim the largest weight. Reported is how much higher the final loss of the agreed weights is than that
 of 8 honest peers, the mean over seeds; `absent` is the same swarm without the attackers. Real trainers, codec and merge
-(lockstep.py). The JSON object is the last line on stdout, progress goes to stderr. Exit code 1 if a target is missed.
+(outer/braniac.py). The JSON object is the last line on stdout, progress goes to stderr. Exit code 1 if a target is
+missed.
 
     python benchmarks/byzantine.py --json
     python benchmarks/byzantine.py --quick --json
@@ -23,7 +24,6 @@ from typing import Any
 
 import torch
 from attacks import ACTIVE, Attackers
-from lockstep import Lockstep, Offer, Plan, percent_over
 from malformed import bad_payloads, hold_court
 
 from braniac.model.sources import Corpus
@@ -33,6 +33,8 @@ from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import MergeRules
 from braniac.protocol.merge import Contribution
+from outer.braniac import Braniac, Offer, percent_over
+from outer.swarm import Plan
 
 TARGETS_PERCENT = {2: 2.0, 3: 5.0}
 """By number of attackers of 8."""
@@ -40,7 +42,7 @@ MALFORMED_TARGET_PERCENT = 0.1
 _QUICK = ("sign_flip", "noise", "copy")
 
 
-class Byzantine(Lockstep):
+class Byzantine(Braniac):
     """A swarm in which the last peers attack."""
 
     def __init__(self, plan: Plan, corpus: Corpus, attack: str, attackers: int) -> None:
@@ -59,7 +61,7 @@ class Byzantine(Lockstep):
         return 100 * sum(self.left_out[n] for n in numbers) / max(1, self.slots * len(numbers))
 
 
-class Vandalised(Lockstep):
+class Vandalised(Braniac):
     """All peers are honest, and two others send payloads that do not decode."""
 
     def deliver(self, slot: int, offers: Mapping[int, Offer]) -> list[Contribution]:

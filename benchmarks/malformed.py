@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from lockstep import TOKENS
 
 from braniac.protocol import events, limits, messages, statements, wire
 from braniac.protocol.codec import CodecRules, TileLayout, encode_topk
@@ -23,8 +22,10 @@ from braniac.protocol.history import History
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, Merged, merge
+from outer.braniac import TOKENS
 
 _SLOT = 40
+_STRANGERS = 64
 _HEADER_BYTES = 8
 
 
@@ -93,9 +94,17 @@ class Court:
         self.engine.set_ready()
         self.now = manifest.slot_start(_SLOT) + 0.1
         self.engine.handle_timer(self.now)
+        self._strangers = iter([self._introduce(0) for _ in range(_STRANGERS)])
 
-    def stranger(self, tier: int = 0) -> Identity:
-        """A peer that the engine has heard of."""
+    def stranger(self) -> Identity:
+        """A peer that the engine has heard of, before anybody offered anything: the places of a slot are given soon."""
+        return next(self._strangers)
+
+    def observer(self) -> Identity:
+        """One that holds nothing."""
+        return self._introduce(self.manifest.observer_tier)
+
+    def _introduce(self, tier: int) -> Identity:
         found = next(self._identities)
         assert self.hear(found, 0, messages.Heartbeat(_SLOT, tier, -1)) is None
         return found
@@ -190,7 +199,7 @@ def _bad_messages(court: Court) -> Iterator[tuple[str, Refusal, Refusal | None]]
     yield "the same message again", Refusal.REPLAYED, court.hear_bytes(sealed)
     stranger = next(court._identities)
     yield "of a stranger", Refusal.UNKNOWN_PEER, court.hear(stranger, 1, court.offer(stranger, payload))
-    small = court.stranger(court.manifest.observer_tier)
+    small = court.observer()
     yield "of who holds nothing", Refusal.UNKNOWN_PEER, court.hear(small, 1, court.offer(small, payload))
     assert court.hear(other, 1, court.offer(other, payload)) is None
     second = court.offer(other, payload, weight=1)

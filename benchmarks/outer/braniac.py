@@ -1,8 +1,7 @@
-"""A swarm without a network, in one process and in step: real trainers, the real codec, the real merge and ledger.
+"""Braniac without a network: the production codec, merge and ledger between real trainers.
 
 In every slot each peer trains its share of a window's steps, offers its work on the fragment that is due, and takes the
-merged update. outer.py, byzantine.py and absence.py run it; the latter two override what goes wrong. The same plan
-gives the same figures on the same machine.
+merged update. Scripts about trouble (what hostile or absent peers cost) override what goes wrong.
 """
 
 from __future__ import annotations
@@ -10,63 +9,24 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
-from braniac.model.config import ModelConfig
-from braniac.model.data import Batches
 from braniac.model.evaluate import held_out_loss
 from braniac.model.fragments import Fragment, fragment_table, scatter_
 from braniac.model.gpt import GPT
 from braniac.model.sources import Corpus
 from braniac.model.tiers import tier_width
-from braniac.model.trainer import Trainer, TrainSettings
 from braniac.node import bridge
-from braniac.protocol import codec, ledger
-from braniac.protocol.codec import CodecRules, Sparse, TileLayout
+from braniac.protocol import codec, committee, ledger
+from braniac.protocol.codec import Sparse, TileLayout
 from braniac.protocol.errors import Refusal
-from braniac.protocol.identity import Identity, PeerId
-from braniac.protocol.manifest import Manifest, MergeRules
+from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, Merged, merge
-
-MICRO = ModelConfig(
-    hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256, context=32, matformer_factor=4
-)
-"""82k parameters in 20 tiles of 64x64: what a benchmark of many runs can afford."""
+from outer.swarm import Peer, Plan, Swarm
 
 TOKENS = 1000  # that an honest contribution says it was trained on: all train equally fast
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One swarm and how long it trains."""
-
-    config: ModelConfig = MICRO
-    tiers: tuple[int, ...] = (0,) * 8
-    """One peer per entry."""
-    windows: int = 12
-    steps: int = 5
-    """Inner steps per window."""
-    batch: int = 4
-    """Windows of text per step."""
-    fragments: int = 5
-    up: CodecRules = field(default_factory=lambda: CodecRules(256, 1))
-    down: CodecRules = field(default_factory=lambda: CodecRules(1024, 2))
-    merge: MergeRules = field(default_factory=MergeRules)
-    evaluated: int = 512
-    """Held-out windows of text that the loss is taken over."""
-    seed: int = 0
-
-
-@dataclass
-class Peer:
-    """One honest peer."""
-
-    number: int
-    tier: int
-    id: PeerId
-    trainer: Trainer
 
 
 @dataclass(frozen=True)
@@ -77,17 +37,20 @@ class Offer:
     sent: Sparse
 
 
-class Lockstep:
-    """The swarm. Subclasses override `train`, `offers`, `deliver` and `change`."""
+class Braniac(Swarm):
+    """The swarm. In slot s fragment s mod P is due, and training never waits.
+
+    Sent: payloads as encoded, to the slot's owner, and the encoded update from the owner to each holder of the
+    fragment, which is whom nodes ask first. A peer that drops out offers nothing to the slot and keeps its work; it has
+    the update as soon as the others. Subclasses override `train`, `offers`, `deliver` and `change`.
+    """
 
     def __init__(self, plan: Plan, corpus: Corpus) -> None:
-        self.plan = plan
-        self.corpus = corpus
+        super().__init__(plan, corpus)
         self.fragments = fragment_table(plan.config, plan.fragments)
-        identities = [Identity.from_seed(bytes([number]) * 32) for number in range(len(plan.tiers))]
         self.manifest = Manifest(
-            name="lockstep",
-            founder=identities[0].peer_id,
+            name="benchmark",
+            founder=self.peers[0].id,
             epoch_ms=0,
             slot_ms=1000,
             seed=plan.seed,
@@ -98,13 +61,8 @@ class Lockstep:
             fragments=bridge.fragment_specs(self.fragments),
             up=plan.up,
             down=plan.down,
-            merge=plan.merge,
+            merge=replace(plan.merge, step_q16=round(plan.merge.step_q16 * plan.outer_rate)),
         )
-        settings = TrainSettings(seed=plan.seed, batch=plan.batch)
-        self.peers = [
-            Peer(number, tier, i.peer_id, Trainer(plan.config, tier, self._batches(i.peer_id), settings))
-            for number, (tier, i) in enumerate(zip(plan.tiers, identities, strict=True))
-        ]
         self.anchors = {f.index: bridge.initial_anchor(plan.config, f, plan.seed) for f in self.fragments}
         self.payload_bits_per_parameter = 0.0
         """Of all that was offered, for one peer."""
@@ -113,37 +71,36 @@ class Lockstep:
         self.refused: Counter[Refusal] = Counter()
         """Contributions that were not admitted, of anybody."""
 
-    def _batches(self, peer: PeerId) -> Batches:
-        return Batches(self.corpus, self.plan.seed, peer, self.plan.config.context, self.plan.batch)
-
     @property
-    def slots(self) -> int:
-        return self.plan.windows * self.plan.fragments
+    def slots_per_window(self) -> int:
+        return self.plan.fragments
 
-    def run(self) -> None:
-        """Play all slots."""
-        for slot in range(self.slots):
-            self.train(slot)
-            offers = self.offers(slot)
-            fragment = self.manifest.fragment_of(slot)
-            merged = merge(self.manifest, fragment, self.deliver(slot, offers))
-            if merged is not None:
-                self._settle(slot, merged, offers)
+    def exchange(self, slot: int) -> None:
+        offers = self.offers(slot)
+        delivered = self.deliver(slot, offers)
+        merged = merge(self.manifest, self.manifest.fragment_of(slot), delivered)
+        self._count(slot, delivered, merged)
+        if merged is not None:
+            self._settle(slot, merged, offers)
 
-    def train(self, slot: int) -> None:
-        """The inner steps that fall into a slot, by everybody."""
-        for peer in self.peers:
-            self.train_peer(peer, slot)
-
-    def train_peer(self, peer: Peer, slot: int) -> None:
-        steps, fragments = self.plan.steps, self.plan.fragments
-        for _ in range((slot + 1) * steps // fragments - slot * steps // fragments):
-            peer.trainer.step()
+    def _count(self, slot: int, delivered: Sequence[Contribution], merged: Merged | None) -> None:
+        numbers = {peer.id: peer.number for peer in self.peers}
+        owner_id = committee.committee(self.manifest.run_id, slot, numbers)[0]
+        step, owner = self.now(slot), numbers[owner_id]
+        for contribution in delivered:
+            sender = numbers.get(contribution.peer)
+            if sender is not None and sender != owner:
+                self.books.send(step, sender, owner, len(contribution.payload))
+        if merged is not None:
+            for peer in self.holders(self.fragments[self.manifest.fragment_of(slot)]):
+                if peer.number != owner:
+                    self.books.send(step, owner, peer.number, len(merged.update))
 
     def offers(self, slot: int) -> dict[int, Offer]:
-        """What each peer that holds the fragment offers, by number of peer."""
+        """What each peer offers that holds the fragment and does not drop out, by number of peer."""
         fragment = self.fragments[self.manifest.fragment_of(slot)]
-        return {peer.number: self.offer(peer, fragment) for peer in self.holders(fragment)}
+        holders = {peer.number for peer in self.holders(fragment)}
+        return {peer.number: self.offer(peer, fragment) for peer in self.present(slot) if peer.number in holders}
 
     def holders(self, fragment: Fragment) -> list[Peer]:
         return [peer for peer in self.peers if self.manifest.holds(peer.tier, fragment.index)]
@@ -189,17 +146,15 @@ class Lockstep:
         parameters = dict(model.named_parameters())
         for fragment in self.fragments:
             scatter_(parameters, fragment, bridge.to_weights(self.anchors[fragment.index]))
-        windows = self._held_out()
+        windows = self.held_out()
         return {tier: held_out_loss(model, windows, tier_width(config, tier)) for tier in range(config.tiers)}
+
+    def loss(self) -> float:
+        return self.agreed_losses()[0]
 
     def own_loss(self, number: int) -> float:
         """Held-out loss of one peer's own weights, in nats per byte."""
-        return held_out_loss(self.peers[number].trainer.model, self._held_out())
-
-    def _held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return Batches(self.corpus, self.plan.seed, b"evaluation", self.plan.config.context, 1).held_out(
-            self.plan.evaluated
-        )
+        return held_out_loss(self.peers[number].trainer.model, self.held_out())
 
 
 def percent_over(losses: Sequence[float], clean: Sequence[float]) -> float:

@@ -1,10 +1,10 @@
 """The outer step without a network: how good are the agreed weights after W windows, for one codec and merge rule?
 
-Real trainers, real codec, real merge, in one process and in lockstep (lockstep.py); every peer contributes to every
+Real trainers, real codec, real merge, in one process and in step (outer/braniac.py); every peer contributes to every
 slot it holds. Prints one JSON object: held-out loss in nats per byte per tier of the anchors, loss of the first peer's
 own weights, and bits per parameter and window.
 
-    python benchmarks/outer.py --tiers 0,1,2,3 --windows 15 --steps 24 --up 64 --down 256 --coverage 1 --step 1.0
+    python benchmarks/merge_rules.py --tiers 0,1,2,3 --windows 15 --steps 24 --up 64 --down 256 --coverage 1 --step 1.0
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import argparse
 import json
 
 import torch
-from lockstep import Lockstep, Plan
 
 from braniac.model.config import PRESETS
 from braniac.node.text import default_text
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.manifest import MergeRules
+from outer.braniac import Braniac
+from outer.swarm import Plan
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         evaluated=64,
         seed=options.seed,
     )
-    swarm = Lockstep(plan, default_text().load(config.vocab_size))
+    swarm = Braniac(plan, default_text().load(config.vocab_size))
     swarm.run()
     return {
         "loss_agreed": swarm.agreed_losses(),

@@ -1,0 +1,158 @@
+"""Options that the comparing scripts share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from braniac.model.config import ModelConfig
+from braniac.model.errors import DataError, ModelError
+from braniac.model.fragments import fragment_table
+from braniac.model.sources import Corpus
+from braniac.model.tokenizer import ByteTokenizer
+from braniac.node.config import DataSection
+from braniac.node.text import text_source
+from braniac.protocol.codec import CodecRules
+from braniac.protocol.manifest import MergeRules
+from outer.methods import Method, chosen
+from outer.results import Results
+from outer.swarm import MICRO, TILE, Plan
+
+MODEL = ModelConfig(
+    hidden_size=128,
+    num_hidden_layers=5,
+    num_attention_heads=2,
+    intermediate_size=512,
+    context=64,
+    matformer_factor=1,
+)
+"""1,048,576 parameters in 256 tiles of 64x64."""
+
+QUICK = Plan(
+    config=replace(MICRO, matformer_factor=1), tiers=(0,) * 4, windows=4, steps=8, batch=4, fragments=4, evaluated=64
+)
+"""82k parameters: whether everything runs, not who wins."""
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """With the options of every comparison."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--methods", help="which, by name, with commas (default: all)")
+    made.add_argument("--data", nargs="+", default=[], help="files, folders or hf:// (default: the standard library)")
+    made.add_argument("--seeds", type=_positive, default=3, help="how many (default: 3)")
+    made.add_argument("--peers", type=_positive, default=8)
+    made.add_argument("--windows", type=_positive, default=12, help="of H steps")
+    made.add_argument("--steps", type=_positive, default=30, help="H, inner steps per window")
+    made.add_argument("--batch", type=_positive, default=8, help="windows of text per step")
+    made.add_argument("--fragments", type=_positive, default=8, help="for methods that send parts in turn")
+    made.add_argument("--up", type=_of_tile, default=64, help="Braniac: values of 4096 that a peer sends")
+    made.add_argument("--down", type=_of_tile, default=256, help="Braniac: values of 4096 in a merged update")
+    made.add_argument("--coverage", type=int, default=1, choices=(0, 1, 2), help="Braniac: normaliser, see merge.py")
+    made.add_argument("--constant", action="store_true", help="learning rates do not fall at the end")
+    made.add_argument("--quick", action="store_true", help="a small model, one seed, few steps: under a minute")
+    made.add_argument("--json", action="store_true", help="print the report as one line of JSON")
+    made.add_argument("--results", type=Path, help="a new folder for CSV files, such as benchmarks/results/NAME")
+    return made
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """The plan that options ask for; --quick decides all sizes."""
+    plan = (
+        QUICK
+        if options.quick
+        else Plan(
+            config=MODEL,
+            tiers=(0,) * options.peers,
+            windows=options.windows,
+            steps=options.steps,
+            batch=options.batch,
+            fragments=options.fragments,
+        )
+    )
+    return replace(
+        plan,
+        cooldown=not options.constant,
+        up=CodecRules(options.up, 1),
+        down=CodecRules(options.down, 2),
+        merge=MergeRules(coverage_halves=options.coverage),
+    )
+
+
+def corpus_of(options: argparse.Namespace, plan: Plan) -> Corpus:
+    """The text, read as bytes. Raises DataError if it is not there or too short for one batch or for evaluation."""
+    corpus = text_source(DataSection(paths=tuple(options.data)), ByteTokenizer()).load(plan.config.vocab_size)
+    # Evaluation windows may overlap, but not by more than seven eighths.
+    for tokens, purpose, needed in (
+        (corpus.train, "training", plan.batch * plan.config.context + 1),
+        (corpus.held_out, "evaluation", plan.evaluated // 8 * plan.config.context + 1),
+    ):
+        held = sum(map(len, tokens))
+        if held < needed:
+            raise DataError(
+                f"{corpus.name} holds {held} tokens for {purpose}, and {needed} are needed: give more text."
+            )
+    return corpus
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a comparison needs before its first run."""
+
+    methods: dict[str, Method]
+    plan: Plan
+    corpus: Corpus
+    seeds: range
+    results: Results | None
+
+
+def set_up(options: argparse.Namespace, known: Mapping[str, Method]) -> Setup:
+    """What options ask for. Raises ValueError for an unknown method, OSError for a folder that exists, ModelError."""
+    torch.set_num_threads(1)
+    names = chosen(options.methods, list(known)) if options.methods else list(known)
+    plan = plan_of(options)
+    corpus = corpus_of(options, plan)
+    fragment_table(plan.config, plan.fragments)  # refuses too many
+    results = Results(options.results) if options.results else None
+    if results is not None:
+        results.write_about(plan, vars(options))
+    seeds = range(1 if options.quick else options.seeds)
+    return Setup({name: known[name] for name in names}, plan, corpus, seeds, results)
+
+
+def show(options: argparse.Namespace, setup: Setup, report: Mapping[str, object]) -> None:
+    """Print a report, and what it was measured with."""
+    found = {
+        **report,
+        "tokens_per_peer": setup.plan.tokens_per_peer,
+        "peers": len(setup.plan.tiers),
+        "seeds": len(setup.seeds),
+        "text": setup.corpus.name,
+    }
+    print(json.dumps(found) if options.json else json.dumps(found, indent=2))
+
+
+@contextmanager
+def one_sentence(made: argparse.ArgumentParser) -> Iterator[None]:
+    """What is asked for and cannot be done ends the program with its cause and exit code 2."""
+    try:
+        yield
+    except (ModelError, ValueError, OSError) as error:
+        made.error(str(error))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _of_tile(text: str) -> int:
+    if (value := _positive(text)) > TILE:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than the {TILE} values of a tile")
+    return value

@@ -1,0 +1,124 @@
+"""Running methods on the same plan: figures of one run, and a sweep of learning rates per method."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from braniac.model.errors import TrainingDiverged
+from braniac.model.sources import Corpus
+from outer.methods import Method
+from outer.swarm import Plan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of one method gave: a row of a CSV."""
+
+    method: str
+    seed: int
+    rate: float
+    outer_rate: float
+    missing_percent: int
+    loss: float
+    """Held-out, in nats per byte; infinite if the training diverged."""
+    bytes_per_peer: float
+    """Uplink of the run."""
+    downlink_bytes_per_peer: float
+    largest_message_bytes: int
+    peak_to_mean: float
+    """Of the uplink in the course of one step, of the peer with the worst."""
+    cpu_s: float
+
+
+def run(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
+    """Train from the beginning, and take the loss at the end."""
+    began_s = time.process_time()
+    swarm = method(plan, corpus)
+    try:
+        swarm.run()
+        loss = swarm.loss()
+    except TrainingDiverged:
+        loss = math.inf
+    return Outcome(
+        method=name,
+        seed=plan.seed,
+        rate=plan.rate,
+        outer_rate=plan.outer_rate,
+        missing_percent=plan.missing_percent,
+        loss=loss if math.isfinite(loss) else math.inf,
+        bytes_per_peer=swarm.books.bytes_per_peer,
+        downlink_bytes_per_peer=swarm.books.downlink_bytes_per_peer,
+        largest_message_bytes=swarm.books.largest_message,
+        peak_to_mean=round(swarm.books.peak_to_mean(), 3),
+        cpu_s=round(time.process_time() - began_s, 2),
+    )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs of one method."""
+
+    tried: tuple[Outcome, ...]
+    """One per pair of learning rates, with the first seed."""
+    best: tuple[Outcome, ...]
+    """One per seed, with the rates of the lowest loss."""
+
+    def summary(self) -> dict[str, object]:
+        """Means over the seeds, in a form for JSON; no figures if a run diverged at the best rates."""
+        losses = [outcome.loss for outcome in self.best]
+        first = self.best[0]
+        if not all(map(math.isfinite, losses)):
+            return {"diverged": True, "rate": first.rate, "outer_rate": first.outer_rate}
+        return {
+            "loss": round(statistics.mean(losses), 5),
+            "loss_by_seed": [round(loss, 5) for loss in losses],
+            "bytes_per_peer": round(statistics.mean(outcome.bytes_per_peer for outcome in self.best)),
+            "downlink_bytes_per_peer": round(statistics.mean(outcome.downlink_bytes_per_peer for outcome in self.best)),
+            "largest_message_bytes": max(outcome.largest_message_bytes for outcome in self.best),
+            "peak_to_mean": max(outcome.peak_to_mean for outcome in self.best),
+            "rate": first.rate,
+            "outer_rate": first.outer_rate,
+        }
+
+
+def sweep(
+    name: str,
+    method: Method,
+    plan: Plan,
+    corpus: Corpus,
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    outer_rates: Sequence[float],
+) -> Sweep:
+    """Try all pairs of rates with the first seed, then the best pair with the others."""
+    plans = [
+        replace(plan, seed=seeds[0], rate=rate, outer_rate=outer_rate) for rate in rates for outer_rate in outer_rates
+    ]
+    tried = [run(name, method, each, corpus) for each in plans]
+    best = min(range(len(tried)), key=lambda at: tried[at].loss)
+    others = [run(name, method, replace(plans[best], seed=seed), corpus) for seed in seeds[1:]]
+    return Sweep(tuple(tried), (tried[best], *others))
+
+
+def rates_for(given: Sequence[str], known: Sequence[str]) -> Mapping[str, list[float]]:
+    """Rates per method, from options like `0.5,1,2` (for all) and `demo=1,4` (for one).
+
+    Raises ValueError for what is no list of positive numbers, or for no method.
+    """
+    found: dict[str, list[float]] = {name: [1.0] for name in known}
+    for option in sorted(given, key=lambda text: "=" in text):  # what is for one method counts more
+        name, _, numbers = option.rpartition("=")
+        if name and name not in known:
+            raise ValueError(f"rates are given for {name!r}, which is not compared: choose from {', '.join(known)}.")
+        try:
+            rates = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            rates = []
+        if not rates or not all(rate > 0 and math.isfinite(rate) for rate in rates):
+            raise ValueError(f"{option!r} is no list of rates: give positive numbers like 0.5,1,2 or demo=1,4.")
+        found |= dict.fromkeys([name] if name else known, rates)
+    return found

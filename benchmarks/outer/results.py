@@ -1,0 +1,69 @@
+"""A folder of results: CSV files, and what they were measured with."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from outer.compare import Outcome
+from outer.swarm import Plan
+
+
+class Results:
+    """Made before the first run, so that nothing is computed in vain."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FileExistsError if there is such a folder: results are never overwritten."""
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise FileExistsError(
+                f"{folder} exists and would be overwritten: name another folder, or move it."
+            ) from None
+        self.folder = folder
+
+    def write_about(self, plan: Plan, options: Mapping[str, object]) -> None:
+        """Date, commit, machine, plan and options, as JSON."""
+        about = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": _commit(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "plan": dataclasses.asdict(plan),
+            "options": options,
+        }
+        (self.folder / "about.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+
+    def add_outcomes(self, name: str, outcomes: Iterable[Outcome]) -> None:
+        """One row per run."""
+        names = [field.name for field in dataclasses.fields(Outcome)]
+        self.add_rows(name, names, (dataclasses.astuple(outcome) for outcome in outcomes))
+
+    def add_rows(self, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """More rows of a CSV file; a long comparison keeps what it has when it is interrupted."""
+        with (self.folder / f"{name}.csv").open("a", newline="") as file:
+            writer = csv.writer(file)
+            if file.tell() == 0:
+                writer.writerow(header)
+            writer.writerows(rows)
+
+
+def _commit() -> str:
+    """Of the working tree that this file is in, with a + if files differ; `unknown` outside of git."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed.strip() else "")
