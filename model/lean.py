@@ -112,7 +112,6 @@ class LeanStep:
             del inputs, backs
         self._move_embedding(looked_up, flows)
         self.optimizer.update_gains()
-        self.optimizer.end()
         give_back_memory()
         self._check_refused()
         return losses

@@ -4,10 +4,9 @@ Against optim.py, of which it is the frugal twin (same learning rates, same step
 * A matrix's momentum is int8. Its gradient arrives in blocks of rows that are forgotten once they have gone into the
   momentum; what is kept until the matrix is whole is the direction of the step, in bfloat16.
 * Directions are orthogonalised through their Gram matrix, in float32 (muon.py).
-* What has a row for each token (embedding, head, value embeddings) has one second moment per row and one per column,
-  whose product stands for that of each value (after Adafactor, Shazeer & Stern 2018, arXiv 1804.04235), and no
-  momentum. Rows that no token asked for are left alone, and count their own steps. As rows come a few at a time,
-  columns are measured in one step and used in the next.
+* What has a row for each token (embedding, head, value embeddings) has one second moment per row (after Adafactor,
+  Shazeer & Stern 2018, arXiv 1804.04235) and no momentum; rows that no token asked for are left alone, and count their
+  own steps.
 * Gains are float32, with Adam as ever.
 A gradient that is not finite goes nowhere: `refused` names the parameters that were left as they were.
 """
@@ -31,7 +30,6 @@ VALUES_AT_ONCE = 1 << 17
 """Values of a matrix that are in float32 at once: a few temporaries of that size stay in the processor's cache."""
 MULTIPLIED_AT_ONCE = 1 << 20
 """The same where they are multiplied by a matrix, which pays only for many rows."""
-_COLUMN_DEVIATION_MIN = 0.1
 
 
 class Direction:
@@ -66,10 +64,6 @@ class LeanOptimizer:
         self.momentum = {name: Int8Matrix(*p.shape) for name, p in others.items()}
         self.row_second = {name: torch.zeros(len(p)) for name, p in tables.items()}
         self.row_steps = {name: torch.zeros(len(p), dtype=torch.int32) for name, p in tables.items()}
-        self.column_second = {name: torch.zeros(p.shape[1]) for name, p in tables.items()}
-        """Of gradients over the deviation of their row, so about 1 on average."""
-        self._columns: dict[str, tuple[Tensor, int]] = {}
-        """The same of this step: sum over its rows [cols], and how many rows."""
         self.first = {name: torch.zeros_like(p) for name, p in self.gains.items()}
         self.second = {name: torch.zeros_like(p) for name, p in self.gains.items()}
         self.steps = torch.zeros((), dtype=torch.int64)
@@ -81,14 +75,8 @@ class LeanOptimizer:
         """Start a step. `lr_scale` multiplies both learning rates, `seed` decides how weights are rounded."""
         self.steps += 1
         self.refused = []
-        self._columns = {}
         self._dice.seed(seed)
         self._lr_scale = lr_scale
-
-    def end(self) -> None:
-        """The step is over: what it says of the columns counts from the next on."""
-        for name, (total, rows) in self._columns.items():
-            self.column_second[name].lerp_(total / rows, 1 - ADAM_BETAS[1])
 
     # --- matrices: Muon ----------------------------------------------------------------------------------------------
 
@@ -124,7 +112,7 @@ class LeanOptimizer:
                 moved = turned[part].mul_(-step).add_(target, alpha=1 - lr * self.weight_decay)
                 round_into_(target, moved, self._dice)
 
-    # --- tables: second moments of rows and columns ------------------------------------------------------------------
+    # --- tables: one second moment per row ---------------------------------------------------------------------------
 
     def update_rows(self, name: str, rows: slice | Tensor, gradient: Tensor) -> None:
         """Move some rows of a table, by their float32 gradient [rows, cols], which is destroyed."""
@@ -140,22 +128,12 @@ class LeanOptimizer:
         steps[rows] += 1
         second[rows] = second[rows].lerp(gradient.square().mean(1), 1 - beta)
         deviation = (second[rows] / (1 - beta ** steps[rows].float())).sqrt_().add_(ADAM_EPSILON)
-        gradient.div_(deviation[:, None])
-        total, count = self._columns.get(name, (torch.zeros_like(self.column_second[name]), 0))
-        self._columns[name] = total.add_(gradient.square().sum(0)), count + len(gradient)
-        lr, table = self.adam_learning_rate * self._lr_scale, self.params[name]
-        step = gradient.div_(self._column_deviation(name)).mul_(-lr)
-        moved = step.add_(table[rows], alpha=1 - lr * self.weight_decay)
+        lr = self.adam_learning_rate * self._lr_scale
+        table = self.params[name]
+        moved = gradient.mul_((-lr / deviation)[:, None]).add_(table[rows], alpha=1 - lr * self.weight_decay)
         rounded = torch.empty(moved.shape, dtype=table.dtype)
         round_into_(rounded, moved, self._dice)
         table[rows] = rounded
-
-    def _column_deviation(self, name: str) -> Tensor:
-        """[cols], how much larger than their row's the gradients of a column have been; all ones in the first step."""
-        before = int(self.steps) - 1
-        if before == 0:
-            return torch.ones_like(self.column_second[name])
-        return (self.column_second[name] / (1 - ADAM_BETAS[1] ** before)).sqrt_().clamp_min_(_COLUMN_DEVIATION_MIN)
 
     # --- gains: Adam -------------------------------------------------------------------------------------------------
 
@@ -184,7 +162,6 @@ class LeanOptimizer:
             | {f"scales.{name}": matrix.scales for name, matrix in self.momentum.items()}
             | {f"row_second.{name}": tensor for name, tensor in self.row_second.items()}
             | {f"row_steps.{name}": tensor for name, tensor in self.row_steps.items()}
-            | {f"column_second.{name}": tensor for name, tensor in self.column_second.items()}
             | {f"first.{name}": tensor for name, tensor in self.first.items()}
             | {f"second.{name}": tensor for name, tensor in self.second.items()}
             | {"steps": self.steps}

@@ -165,16 +165,6 @@ class DataPath:
             self._ordered.put_nowait(lost.state)
         self._wake()
 
-    async def note_signing(self, slot: int) -> None:
-        """Let the engine sign in the slots ahead, once it is durable that it may have done so."""
-        last = slot + limits.SIGNING_AHEAD_SLOTS
-        try:
-            await asyncio.to_thread(self._node.store.note_signing, last)
-        except DiskFull as error:
-            self._status.trouble("disk", str(error))
-            return
-        self._engine.may_sign(last)
-
     async def begin_fragment(self, fragment: int) -> None:
         """Nobody holds this fragment: start it from the run's initial weights."""
         log.warning("nobody holds a fragment, starting it anew", fragment=fragment)
@@ -260,6 +250,16 @@ class DataPath:
             self._fetching.discard(wanted.digest)
         self._engine.blob_fetched(wanted.digest, ok, self._node.swarm_clock.now())
         self._wake()
+
+    async def note_signing(self, slot: int) -> None:
+        """Let the engine sign in the slots ahead, once it is durable that it may have done so."""
+        last = slot + limits.SIGNING_AHEAD_SLOTS
+        try:
+            await asyncio.to_thread(self._node.store.note_signing, last)
+        except DiskFull as error:
+            self._status.trouble("disk", str(error))
+            return
+        self._engine.may_sign(last)
 
     async def merge(self, due: events.MergeDue) -> None:
         """Merge the contributions to a slot that this node owns."""

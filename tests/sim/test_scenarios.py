@@ -197,14 +197,13 @@ def test_halves_that_meet_after_their_slots_are_final(slots: int) -> None:
         kept = {m.name: downloads(m) for m in right}
         trained_apart = [merged(world, machine, world.slot - WINDOW) for machine in world.machines]
         assert all(trained_apart), "both sides go on training and merging by themselves"
-        apart = range(parted, world.slot + 1)
-        both = [s for s in apart if None not in digests(world, s, left) | digests(world, s, right)]
-        final = {world.manifest.fragment_of(slot) for slot in both if slot <= world.slot - WINDOW}
-        soon_final = {world.manifest.fragment_of(slot) for slot in both if slot <= world.slot - WINDOW + 2}
-        assert final
+        final = range(parted, world.slot + 1 - WINDOW + 1)  # when the sides hear of each other in the next slot
+        both = [s for s in final if None not in digests(world, s, left) | digests(world, s, right)]
+        disputed = {world.manifest.fragment_of(slot) for slot in both}
+        assert disputed
         world.mend()
         await world.until(lambda: not world.ailment(), HORIZON + 4 * WINDOW)
-        assert all(len(final) <= downloads(machine) <= len(soon_final) for machine in left)
+        assert {downloads(machine) for machine in left} == {len(disputed)}
         assert {m.name: downloads(m) for m in right} == kept
 
     tell(story, 0, 0, 0, 0, 0)
