@@ -22,7 +22,7 @@ from braniac.node.errors import NodeError
 from tests.procs.nursery import Fork, nursery
 
 SLOT_S = 0.5
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0  # a machine may have other work
 COMMAND = [sys.executable, "-m", "braniac.node"]
 ENVIRONMENT = {**os.environ, "BRANIAC_DEBUG": "0", "OMP_NUM_THREADS": "1", "XDG_CONFIG_HOME": "/nowhere"}
 
@@ -111,11 +111,20 @@ class Node:
     def until(self, condition: Callable[[StatusReply], Any], what: str, patience_s: float = PATIENCE_S) -> StatusReply:
         """The first status that fulfils a condition."""
 
+        last: StatusReply | None = None
+
         def look() -> StatusReply | None:
+            nonlocal last
             reply = self.ask()
+            last = reply or last
             return reply if reply is not None and condition(reply) else None
 
-        return until(look, f"{what} ({self.state_dir.name})", patience_s)
+        try:
+            return until(look, f"{what} ({self.state_dir.name})", patience_s)
+        except AssertionError as error:
+            newest = "\n".join(str(dict(entry)) for entry in self.log()[-30:])
+            error.add_note(f"its last status:\n{last}\nits log ends:\n{newest}")
+            raise
 
     def training(self, certificates: int = 1) -> StatusReply:
         """Wait until it trains and has applied that many certificates."""
