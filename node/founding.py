@@ -30,14 +30,14 @@ class Recipe:
 RECIPES = {
     # Minutes long, for trying things out: each window carries 6% of the values, so that few windows are enough.
     "tiny": Recipe(slot_s=1.0, fragments=8, up_per_tile=256, down_per_tile=1024),
-    # Hours long: 0.16 bit per parameter and window.
-    "small": Recipe(slot_s=10.0, fragments=24, up_per_tile=64, down_per_tile=256),
+    # Hours long: 0.16 bit per parameter and window up, and room in an update for what eight peers send.
+    "small": Recipe(slot_s=10.0, fragments=24, up_per_tile=64, down_per_tile=512),
 }
 RECIPES |= {f"{preset}-llama": recipe for preset, recipe in RECIPES.items()}
 RECIPES |= {
     # Days long. A fragment is of 2 to 4 million values, so that its offer and merge take little beside the training.
-    "nano-124m": Recipe(slot_s=30.0, fragments=64, up_per_tile=64, down_per_tile=256),
-    "nano-1b": Recipe(slot_s=60.0, fragments=256, up_per_tile=64, down_per_tile=256),
+    "nano-124m": Recipe(slot_s=30.0, fragments=64, up_per_tile=64, down_per_tile=512),
+    "nano-1b": Recipe(slot_s=60.0, fragments=256, up_per_tile=64, down_per_tile=512),
 }
 
 
