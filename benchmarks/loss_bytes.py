@@ -53,7 +53,7 @@ def main() -> int:
     with command.one_sentence(parser):
         known = list(METHODS)
         rates, outer_rates = rates_for(options.rates, known), rates_for(options.outer_rates, known)
-        setup = command.set_up(options, METHODS)
+        setup = command.set_up(options, METHODS, outer_rates["braniac"])
     methods: dict[str, dict[str, Any]] = {}
     for name, method in setup.methods.items():
         runs = sweep(name, method, setup.plan, setup.corpus, setup.seeds, rates[name], outer_rates[name])

@@ -24,7 +24,7 @@ from braniac.protocol.codec import Sparse, TileLayout
 from braniac.protocol.errors import Refusal
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, Merged, merge
-from outer.swarm import Peer, Plan, Swarm
+from outer.swarm import Peer, Plan, Swarm, identity
 
 TOKENS = 1000  # that an honest contribution says it was trained on: all train equally fast
 
@@ -48,21 +48,7 @@ class Braniac(Swarm):
     def __init__(self, plan: Plan, corpus: Corpus) -> None:
         super().__init__(plan, corpus)
         self.fragments = fragment_table(plan.config, plan.fragments)
-        self.manifest = Manifest(
-            name="benchmark",
-            founder=self.peers[0].id,
-            epoch_ms=0,
-            slot_ms=1000,
-            seed=plan.seed,
-            tiers=plan.config.tiers,
-            model=plan.config.to_dict(),
-            data={},
-            layout_digest=bytes(32),
-            fragments=bridge.fragment_specs(self.fragments),
-            up=plan.up,
-            down=plan.down,
-            merge=replace(plan.merge, step_q16=round(plan.merge.step_q16 * plan.outer_rate)),
-        )
+        self.manifest = manifest_of(plan)
         self.anchors = {f.index: bridge.initial_anchor(plan.config, f, plan.seed) for f in self.fragments}
         self.payload_bits_per_parameter = 0.0
         """Of all that was offered, for one peer."""
@@ -155,6 +141,25 @@ class Braniac(Swarm):
     def own_loss(self, number: int) -> float:
         """Held-out loss of one peer's own weights, in nats per byte."""
         return held_out_loss(self.peers[number].trainer.model, self.held_out())
+
+
+def manifest_of(plan: Plan) -> Manifest:
+    """The manifest of a plan's run. Raises ManifestError for one that no run may have, such as too large a step."""
+    return Manifest(
+        name="benchmark",
+        founder=identity(0).peer_id,
+        epoch_ms=0,
+        slot_ms=1000,
+        seed=plan.seed,
+        tiers=plan.config.tiers,
+        model=plan.config.to_dict(),
+        data={},
+        layout_digest=bytes(32),
+        fragments=bridge.fragment_specs(fragment_table(plan.config, plan.fragments)),
+        up=plan.up,
+        down=plan.down,
+        merge=replace(plan.merge, step_q16=round(plan.merge.step_q16 * plan.outer_rate)),
+    )
 
 
 def percent_over(losses: Sequence[float], clean: Sequence[float]) -> float:

@@ -86,6 +86,11 @@ class Peer:
     trainer: Trainer
 
 
+def identity(number: int) -> Identity:
+    """Of a peer, by its number below 256."""
+    return Identity.from_seed(bytes([number]) * 32)
+
+
 class Swarm(abc.ABC):
     """Peers and what they have in common. A method says how often and what they exchange, and what they agree on."""
 
@@ -99,7 +104,7 @@ class Swarm(abc.ABC):
             seed=plan.seed,
             batch=plan.batch,
         )
-        identities = [Identity.from_seed(bytes([number]) * 32) for number in range(len(plan.tiers))]
+        identities = [identity(number) for number in range(len(plan.tiers))]
         self.peers = [
             Peer(number, tier, i.peer_id, Trainer(plan.config, tier, self._batches(i.peer_id), settings))
             for number, (tier, i) in enumerate(zip(plan.tiers, identities, strict=True))

@@ -77,21 +77,32 @@ def test_loss_and_bytes_of_every_method_are_printed_and_kept(
         (["--rates", "0,1"], "no list of rates"),
         (["--outer-rates", "dilocco=1"], "not compared"),
         (["--seeds", "0"], "not a whole number from 1 on"),
-        (["--up", "4097"], "more than the 4096 values of a tile"),
+        (["--up", "4097"], "'4097' is more than 4096"),
+        (["--peers", "257"], "'257' is more than 256"),
+        (["--outer-rates", "1,8"], "an outer step between 1/64 and 4"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(
     text: Path,
+    tmp_path: Path,
     arguments: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        started(monkeypatch, loss_bytes, "--quick", "--data", text, *arguments)
+        started(monkeypatch, loss_bytes, "--quick", "--data", text, "--results", tmp_path / "results", *arguments)
     out, error = capsys.readouterr()
     assert message in error.splitlines()[-1]
     assert not out
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_step_that_is_too_large_for_braniac_is_none_of_the_others_business(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--quick", "--data", text, "--methods", "averaging", "--outer-rates", "8")
+    assert started(monkeypatch, loss_bytes, *options) == 0
 
 
 def test_results_are_not_overwritten(
@@ -138,6 +149,19 @@ def test_drops_cost_who_throws_work_away(
         assert figures["over_percent"]["100"] > 0
 
 
+def test_a_diverged_run_with_drops_has_no_figure(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(drops, "PERCENTS", (0, 25))
+    monkeypatch.setattr(drops, "METHODS", {"braniac": Flaky})
+    assert started(monkeypatch, drops, "--quick", "--json", "--data", text, "--methods", "braniac") == 0
+    figures = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["methods"]["braniac"]
+    assert figures == {"loss": {"0": 4.0, "25": None}, "over_percent": {"0": 0.0, "25": None}, "diverged": True}
+    assert drops.missed({"braniac": drops.figures({0: 4.0, 25: math.inf})}) == ["25%"]
+    assert drops.missed({"braniac": drops.figures({0: 4.0, 25: 4.01})}) == []
+    assert drops.missed({"braniac": drops.figures({0: math.inf, 25: 4.01})}) == ["25%"]
+
+
 def test_judging_looks_at_losses_and_bytes() -> None:
     good = {"loss": 1.0, "bytes_per_peer": 10}
     dense, equal = {"loss": 1.0, "bytes_per_peer": 1500}, {"loss": 1.1, "bytes_per_peer": 10}
@@ -163,6 +187,17 @@ class Fake(DiLoCo):
 
     def loss(self) -> float:
         return abs(self.plan.rate - 2) + abs(self.plan.outer_rate - 3) + 0.1 * self.plan.seed
+
+
+class Flaky(DiLoCo):
+    """A method that diverges if anybody drops out."""
+
+    def run(self) -> None:
+        if self.plan.missing_percent:
+            raise TrainingDiverged("too few.")
+
+    def loss(self) -> float:
+        return 4.0
 
 
 def test_a_sweep_takes_the_best_rates_to_the_other_seeds() -> None:
