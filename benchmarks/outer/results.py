@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from outer.compare import Outcome
+from outer.compare import Outcome, Point
 from outer.swarm import Plan
 
 
@@ -45,9 +45,13 @@ class Results:
         (self.folder / "about.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
 
     def add_outcomes(self, name: str, outcomes: Iterable[Outcome]) -> None:
-        """One row per run."""
-        names = [field.name for field in dataclasses.fields(Outcome)]
-        self.add_rows(name, names, (dataclasses.astuple(outcome) for outcome in outcomes))
+        """One row per run, and one per point of its course in a second file."""
+        columns = [field.name for field in dataclasses.fields(Outcome) if field.name != "course"]
+        points = [field.name for field in dataclasses.fields(Point)]
+        for outcome in outcomes:
+            self.add_rows(name, columns, [[getattr(outcome, column) for column in columns]])
+            rows = [(outcome.method, outcome.seed, *dataclasses.astuple(point)) for point in outcome.course]
+            self.add_rows(f"{name}_course", ("method", "seed", *points), rows)
 
     def add_rows(self, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """More rows of a CSV file; a long comparison keeps what it has when it is interrupted."""

@@ -6,6 +6,7 @@ Trainers, model, text and evaluation are the production ones. The same plan give
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -131,11 +132,12 @@ class Swarm(abc.ABC):
     def slots(self) -> int:
         return self.plan.windows * self.slots_per_window
 
-    def run(self) -> None:
-        """Play all slots."""
+    def run(self, watch: Callable[[int], None] = lambda slot: None) -> None:
+        """Play all slots; `watch` is called with the number of each after it."""
         for slot in range(self.slots):
             self.train(slot)
             self.exchange(slot)
+            watch(slot)
 
     def train(self, slot: int) -> None:
         """The inner steps that fall into a slot, by everybody."""

@@ -54,7 +54,10 @@ def test_loss_and_bytes_of_every_method_are_printed_and_kept(
     options = ("--quick", "--json", "--data", text, "--results", folder, "--outer-rates", "braniac=1,2")
     assert started(monkeypatch, loss_bytes, *options) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(report["methods"]) == 10
+    assert len(report["methods"]) == 10 + 3
+    for rival in loss_bytes.BEATEN:
+        ours, theirs = report["methods"][f"braniac_at_{rival}"], report["methods"][rival]
+        assert ours["bytes_per_peer"] <= theirs["bytes_per_peer"]
     for name, figures in report["methods"].items():
         assert 0 < figures["loss"] < 6, name
         assert figures["bytes_per_peer"] > 0, name
@@ -62,7 +65,12 @@ def test_loss_and_bytes_of_every_method_are_printed_and_kept(
     with (folder / "loss_bytes.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert float(rows["diloco"]["loss"]) == pytest.approx(report["methods"]["diloco"]["loss"], abs=1e-5)
-    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 9 + 2
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 9 + 4 * 2
+    with (folder / "loss_bytes_course.csv").open() as file:
+        course = [row for row in csv.DictReader(file) if row["method"] == "diloco"]
+    assert [int(row["step"]) for row in course] == [2, 4]
+    assert float(course[-1]["loss"]) == float(rows["diloco"]["loss"])
+    assert float(course[-1]["bytes_per_peer"]) == float(rows["diloco"]["bytes_per_peer"])
     about = json.loads((folder / "about.json").read_text())
     assert about["plan"]["batch"] == 2
     assert {"date", "commit", "machine"} <= about.keys()
@@ -165,11 +173,12 @@ def test_a_diverged_run_with_drops_has_no_figure(
 def test_judging_looks_at_losses_and_bytes() -> None:
     good = {"loss": 1.0, "bytes_per_peer": 10}
     dense, equal = {"loss": 1.0, "bytes_per_peer": 1500}, {"loss": 1.1, "bytes_per_peer": 10}
-    assert loss_bytes.missed({"braniac": good, "diloco": dense, "demo": equal}) == []
+    assert loss_bytes.missed({"braniac": good, "diloco": dense, "demo": equal, "braniac_at_demo": good}) == []
     assert loss_bytes.missed({"diloco": dense}) == []
     assert loss_bytes.missed({"braniac": good, "diloco": {**dense, "loss": 0.98}}) == ["loss of diloco"]
     assert loss_bytes.missed({"braniac": good, "diloco": {**dense, "bytes_per_peer": 1499}}) == ["bytes of diloco"]
-    assert loss_bytes.missed({"braniac": {**good, "bytes_per_peer": 11}, "demo": equal}) == ["bytes of demo"]
+    assert loss_bytes.missed({"braniac_at_demo": {**good, "bytes_per_peer": 11}, "demo": equal}) == ["bytes of demo"]
+    assert loss_bytes.missed({"braniac_at_demo": {**good, "loss": 1.2}, "demo": equal}) == ["loss of demo"]
     assert loss_bytes.missed({"braniac": good, "demo": {"diverged": True}}) == ["demo diverged"]
 
 
@@ -181,7 +190,7 @@ def test_rates_for_one_method_count_more_than_those_for_all() -> None:
 class Fake(DiLoCo):
     """A method whose loss is known."""
 
-    def run(self) -> None:
+    def train(self, slot: int) -> None:
         if self.plan.rate > 4:
             raise TrainingDiverged("too fast.")
 
@@ -192,7 +201,7 @@ class Fake(DiLoCo):
 class Flaky(DiLoCo):
     """A method that diverges if anybody drops out."""
 
-    def run(self) -> None:
+    def train(self, slot: int) -> None:
         if self.plan.missing_percent:
             raise TrainingDiverged("too few.")
 
@@ -203,8 +212,8 @@ class Flaky(DiLoCo):
 def test_a_sweep_takes_the_best_rates_to_the_other_seeds() -> None:
     tokens = np.zeros(400, np.uint8)
     corpus = Corpus("zeros", (tokens,), (tokens,))
-    found = sweep("fake", Fake, PLAN, corpus, range(3), [1, 2, 8], [3, 4])
-    assert [(o.rate, o.outer_rate) for o in found.tried] == [(1, 3), (1, 4), (2, 3), (2, 4), (8, 3), (8, 4)]
+    found = sweep("fake", Fake, PLAN, corpus, range(3), [1, 2, 8], [4, 3])
+    assert [(o.rate, o.outer_rate) for o in found.tried] == [(1, 4), (2, 4), (8, 4), (2, 3)]
     assert {(o.rate, o.outer_rate) for o in found.best} == {(2, 3)}
     assert found.summary()["loss_by_seed"] == [0.0, 0.1, 0.2]
     hopeless: Any = sweep("fake", Fake, replace(PLAN), corpus, range(1), [8], [1]).summary()
