@@ -42,7 +42,8 @@ class Braniac(Swarm):
 
     Sent: payloads as encoded, to the slot's owner, and the encoded update from the owner to each holder of the
     fragment, which is whom nodes ask first. A peer that drops out offers nothing to the slot and keeps its work; it has
-    the update as soon as the others. Subclasses override `train`, `offers`, `deliver` and `change`.
+    the update as soon as the others. Subclasses override `train`, `offers`, `deliver`, `settle`
+    and `change`.
     """
 
     def __init__(self, plan: Plan, corpus: Corpus) -> None:
@@ -67,7 +68,7 @@ class Braniac(Swarm):
         merged = merge(self.manifest, self.manifest.fragment_of(slot), delivered)
         self._count(slot, delivered, merged)
         if merged is not None:
-            self._settle(slot, merged, offers)
+            self.settle(slot, merged, offers)
 
     def _count(self, slot: int, delivered: Sequence[Contribution], merged: Merged | None) -> None:
         numbers = {peer.id: peer.number for peer in self.peers}
@@ -106,7 +107,7 @@ class Braniac(Swarm):
         """What reaches the owner of the slot."""
         return [offer.contribution for offer in offers.values()]
 
-    def _settle(self, slot: int, merged: Merged, offers: Mapping[int, Offer]) -> None:
+    def settle(self, slot: int, merged: Merged, offers: Mapping[int, Offer]) -> None:
         """The update moves the anchor and everybody's weights; admitted work is taken back."""
         fragment = self.fragments[self.manifest.fragment_of(slot)]
         layout = self.layout(fragment.index)
