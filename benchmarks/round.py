@@ -20,7 +20,7 @@ standard deviation, as its codecs round, of ours bit for bit.
 The JSON object is the last line on stdout. Linux only. hivemind leaves shared memory behind when it is killed; it is
 removed.
 
-    python benchmarks/round.py --json
+    python benchmarks/round.py --json --results benchmarks/results/round
     python benchmarks/round.py --quick --json
 """
 
@@ -53,6 +53,8 @@ from braniac.node.errors import NodeError
 from braniac.node.swarm_host import until
 from braniac.node.swarm_options import SwarmOptions
 from braniac.node.swarm_processes import ProcessHost
+from outer import command
+from outer.results import Results
 
 PEERS = 4
 DEADLINE_S = 30.0
@@ -392,6 +394,19 @@ def attempted(measure: Callable[[], dict[str, Any]], parameters: int = 0) -> dic
     return figures
 
 
+def keep(results: Results, report: dict[str, Any]) -> None:
+    """Write one row per system, and one per kill, into CSV files; what could not be measured is left out."""
+    for system, figures in report.items():
+        if not isinstance(figures, dict) or "error" in figures:
+            continue
+        columns = ("seconds", "bytes_per_peer", "cpu_s_per_peer", "rounds")
+        row = (system, report["parameters"], *(figures[column] for column in columns))
+        results.add_rows("round", ("system", "parameters", *columns), [row])
+        kills = figures.get("kills", [figures.get("kill", {})])
+        rows = [(system, k.get("hung", 0), k["lost_s"], k.get("agree_percent")) for k in kills if "lost_s" in k]
+        results.add_rows("round_kills", ("system", "hung", "lost_s", "agree_percent"), rows)
+
+
 def enter_namespace() -> None:
     """Start again with a loopback device of one's own; returns there. Raises SystemExit."""
     if os.environ.get("BRANIAC_ROUND_NAMESPACE"):
@@ -428,12 +443,18 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=3, help="of hivemind, each in a new group")
     parser.add_argument("--quick", action="store_true", help="the smallest preset, one codec, one kill")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
+    parser.add_argument("--results", type=Path, help="a new folder for CSV files, such as benchmarks/results/NAME")
     options = parser.parse_args()
     if options.quick:
         quick = {"preset": "tiny", "codecs": ["float16"], "rounds": 2, "windows": 1, "slot_s": 0.5, "kills": 1}
         vars(options).update(quick)
     enter_namespace()
+    with command.one_sentence(parser):
+        results = Results(options.results) if options.results else None
     report = compare(options)
+    if results is not None:
+        results.write_about(None, vars(options))
+        keep(results, report)
     print(json.dumps(report, indent=None if options.json else 2, allow_nan=False))
     return 1 if any("error" in each for each in report.values() if isinstance(each, dict)) else 0
 

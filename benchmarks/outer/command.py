@@ -26,18 +26,18 @@ from outer.methods import Method, chosen
 from outer.results import Results
 from outer.swarm import MICRO, TILE, Plan
 
-MODELS = {
-    "1m": ModelConfig(
-        hidden_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        intermediate_size=512,
-        context=64,
-        matformer_factor=1,
-    ),
-    "82k": replace(MICRO, matformer_factor=1),
-}
-"""By parameters: 1,048,576 in 256 tiles of 64x64, and 81,920 in 20 tiles."""
+MODEL = ModelConfig(
+    hidden_size=128,
+    num_hidden_layers=5,
+    num_attention_heads=2,
+    intermediate_size=512,
+    context=64,
+    matformer_factor=1,
+)
+"""1,048,576 parameters in 256 tiles of 64x64."""
+
+MODELS = {"1m": MODEL, "82k": replace(MICRO, matformer_factor=1)}
+"""By parameters; the smaller one has 81,920 in 20 tiles."""
 
 QUICK = Plan(config=MODELS["82k"], tiers=(0,) * 4, windows=4, steps=8, batch=4, fragments=4, evaluated=64)
 """Shows that everything runs, not who wins."""
