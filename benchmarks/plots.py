@@ -15,12 +15,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outer.tables import Folder, Row, folders, grouped, mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = 1_000_000_000
@@ -49,81 +50,105 @@ def course(folder: Folder) -> Iterator[tuple[str, list[list[Row]]]]:
 
 
 def draw_course(
-    axes: Axes, results: Path, label: str, place: Callable[[Folder, str, Row], float], scale: str = "log"
+    figure: Figure, results: Path, label: str, place: Callable[[Folder, str, Row], float], scale: str = "log"
 ) -> None:
     """Loss of all methods against something that grows in a run."""
-    found = folders(results, "loss_bytes_course")
-    for folder in found:
+    axes = figure.add_subplot()
+    for folder in measured(results, "loss_bytes_course"):
         for method, points in course(folder):
             x = [place(folder, method, rows[0]) for rows in points]
             y = [mean(rows, "loss") for rows in points]
             ours = method.startswith("braniac")
             axes.plot(x, y, marker="o" if ours else ".", linewidth=2.2 if ours else 1, label=method)
-    _need(found)
     axes.set_xscale(scale)
     axes.set_xlabel(label)
     axes.set_ylabel("held-out loss, nats per byte")
+    explain(axes)
 
 
-def loss_against_bytes(axes: Axes, results: Path) -> None:
-    draw_course(axes, results, "uplink per peer, bytes", lambda folder, method, row: float(row["bytes_per_peer"]))
+def measured(results: Path, kind: str) -> list[Folder]:
+    """Folders with results of a kind. Raises NothingToDraw."""
+    if found := folders(results, kind):
+        return found
+    raise NothingToDraw
 
 
-def loss_against_tokens(axes: Axes, results: Path) -> None:
+def explain(axes: Axes) -> None:
+    """Give every line a colour and a place in the legend, which stands beside the picture."""
+    for number, line in enumerate(axes.lines):
+        line.set_color(f"C{number % 10}")
+        line.set_linestyle("-" if number < 10 else "--")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def loss_against_bytes(figure: Figure, results: Path) -> None:
+    draw_course(figure, results, "uplink per peer, bytes", lambda folder, method, row: float(row["bytes_per_peer"]))
+
+
+def loss_against_tokens(figure: Figure, results: Path) -> None:
     def tokens(folder: Folder, method: str, row: Row) -> float:
         return int(row["step"]) * folder.tokens_per_step
 
-    draw_course(axes, results, "tokens per peer", tokens, "linear")
+    draw_course(figure, results, "tokens per peer", tokens, "linear")
 
 
-def loss_against_hours(axes: Axes, results: Path) -> None:
+def loss_against_hours(figure: Figure, results: Path) -> None:
     def time(folder: Folder, method: str, row: Row) -> float:
         return hours(method, int(row["step"]), float(row["link_s"]), folder.parameters)
 
     label = f"hours for a billion parameters on phone links, {LARGE_STEP_S:.0f} s per step assumed"
-    draw_course(axes, results, label, time)
+    draw_course(figure, results, label, time)
 
 
-def loss_under_drops(axes: Axes, results: Path) -> None:
-    found = folders(results, "drops")
-    for folder in found:
+def loss_under_drops(figure: Figure, results: Path) -> None:
+    axes = figure.add_subplot()
+    for folder in measured(results, "drops"):
         for (method,), rows in grouped(folder.rows("drops"), "method").items():
             by_percent = grouped(rows, "missing_percent")
             losses = {int(percent): mean(each, "loss") for (percent,), each in by_percent.items()}
             finite = {percent: loss for percent, loss in sorted(losses.items()) if math.isfinite(loss)}
             axes.plot(list(finite), list(finite.values()), marker="o", label=method)
-    _need(found)
     axes.set_xlabel("peers that drop out of an exchange, percent")
     axes.set_ylabel("held-out loss, nats per byte")
+    explain(axes)
 
 
-def uplink_over_time(axes: Axes, results: Path) -> None:
-    found = folders(results, "burst")
-    for folder in found:
-        for (method,), rows in grouped(folder.rows("burst"), "method").items():
-            seconds = [int(row["second"]) for row in rows]
-            (line,) = axes.plot(seconds, [max(1, int(row["busiest_bytes"])) for row in rows], label=method)
-            axes.axhline(max(1.0, mean(rows, "mean_bytes")), color=line.get_color(), linestyle=":")
-    _need(found)
-    axes.set_yscale("log")
-    axes.set_xlabel("second, at one step per second")
-    axes.set_ylabel("bytes sent by the busiest peer; dotted: mean of all")
+def uplink_over_time(figure: Figure, results: Path) -> None:
+    """A small picture per method, each with a scale of its own: what matters is its peaks over its mean."""
+    methods = {
+        method: rows
+        for folder in measured(results, "burst")
+        for (method,), rows in grouped(folder.rows("burst"), "method").items()
+    }
+    columns = 4
+    for number, (method, rows) in enumerate(methods.items()):
+        axes = figure.add_subplot(-(-len(methods) // columns), columns, number + 1)
+        axes.bar([int(row["second"]) for row in rows], [int(row["busiest_bytes"]) for row in rows], width=1)
+        axes.axhline(mean(rows, "mean_bytes"), color="black", linestyle=":")
+        axes.set_title(method, fontsize="small")
+        axes.tick_params(labelsize="x-small")
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.yaxis.get_offset_text().set_fontsize("x-small")
+    figure.supxlabel("second, at one step per second")
+    figure.supylabel("bytes sent by the busiest peer; dotted: mean of all")
 
 
-def tiers(axes: Axes, results: Path) -> None:
-    found = folders(results, "tiers")
-    for folder in found:
+def tiers(figure: Figure, results: Path) -> None:
+    axes = figure.add_subplot()
+    names: list[str] = []
+    for folder in measured(results, "tiers"):
         rows = [row for row in folder.rows("tiers") if row["tier"] == "0"]
-        for place, ((swarm,), of_swarm) in enumerate(grouped(rows, "swarm").items()):
-            losses = [float(row["loss"]) for row in of_swarm]
-            axes.plot([place] * len(losses), losses, ".", color="grey")
-            axes.plot([place], [mean(of_swarm, "loss")], "o", label=f"{folder.path.name}: {swarm}")
-    _need(found)
-    axes.set_xticks([])
+        for (swarm,), of_swarm in grouped(rows, "swarm").items():
+            axes.plot([len(names)] * len(of_swarm), [float(row["loss"]) for row in of_swarm], ".", color="grey")
+            axes.plot([len(names)], [mean(of_swarm, "loss")], "o", color="C0")
+            names.append(swarm)
+    axes.set_xticks(range(len(names)), names, rotation=20)
+    axes.grid(alpha=0.3)
     axes.set_ylabel("held-out loss at full width, nats per byte; small: seeds")
 
 
-PICTURES: dict[str, Callable[[Axes, Path], None]] = {
+PICTURES: dict[str, Callable[[Figure, Path], None]] = {
     "loss_against_bytes": loss_against_bytes,
     "loss_against_tokens": loss_against_tokens,
     "loss_against_hours": loss_against_hours,
@@ -131,11 +156,6 @@ PICTURES: dict[str, Callable[[Axes, Path], None]] = {
     "uplink_over_time": uplink_over_time,
     "tiers": tiers,
 }
-
-
-def _need(found: list[Folder]) -> None:
-    if not found:
-        raise NothingToDraw
 
 
 def draw(results: Path) -> Iterator[tuple[str, Path | None]]:
@@ -148,17 +168,14 @@ def draw(results: Path) -> Iterator[tuple[str, Path | None]]:
     except ImportError:
         raise SystemExit("drawing needs matplotlib: pip install 'braniac-node[plots]'") from None
     for name, fill in PICTURES.items():
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes: Any = figure.add_subplot()
+        figure = Figure(figsize=(9, 5), layout="constrained")
         target = results / f"{name}.png"
         try:
-            fill(axes, results)
+            fill(figure, results)
         except NothingToDraw:
             target.unlink(missing_ok=True)  # of results that are gone
             yield name, None
             continue
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", ncols=2)
         figure.savefig(target, format="png", dpi=100, metadata={"Software": None})
         yield name, target
 
