@@ -52,6 +52,11 @@ class Books:
     def downlink_bytes_per_peer(self) -> float:
         return float(self.downlink.sum(0).mean())
 
+    def link_s(self, steps: int, up_bytes_per_s: float, down_bytes_per_s: float) -> float:
+        """How long the busiest peer's link is occupied by what falls into the first steps, one after another."""
+        busy = np.maximum(self.uplink[:steps] / up_bytes_per_s, self.downlink[:steps] / down_bytes_per_s)
+        return float(busy.max(1).sum())
+
     def peak_to_mean(self, window: int = 1) -> float:
         """Of the uplink of the busiest peer in any `window` steps, over its own mean; 0 if nothing was sent.
 

@@ -24,7 +24,7 @@ from braniac.protocol.codec import Sparse, TileLayout
 from braniac.protocol.errors import Refusal
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, Merged, merge
-from outer.swarm import Peer, Plan, Swarm
+from outer.swarm import Peer, Plan, Swarm, identity
 
 TOKENS = 1000  # that an honest contribution says it was trained on: all train equally fast
 
@@ -42,27 +42,14 @@ class Braniac(Swarm):
 
     Sent: payloads as encoded, to the slot's owner, and the encoded update from the owner to each holder of the
     fragment, which is whom nodes ask first. A peer that drops out offers nothing to the slot and keeps its work; it has
-    the update as soon as the others. Subclasses override `train`, `offers`, `deliver` and `change`.
+    the update as soon as the others. Subclasses override `train`, `offers`, `deliver`, `settle`
+    and `change`.
     """
 
     def __init__(self, plan: Plan, corpus: Corpus) -> None:
         super().__init__(plan, corpus)
         self.fragments = fragment_table(plan.config, plan.fragments)
-        self.manifest = Manifest(
-            name="benchmark",
-            founder=self.peers[0].id,
-            epoch_ms=0,
-            slot_ms=1000,
-            seed=plan.seed,
-            tiers=plan.config.tiers,
-            model=plan.config.to_dict(),
-            data={},
-            layout_digest=bytes(32),
-            fragments=bridge.fragment_specs(self.fragments),
-            up=plan.up,
-            down=plan.down,
-            merge=replace(plan.merge, step_q16=round(plan.merge.step_q16 * plan.outer_rate)),
-        )
+        self.manifest = manifest_of(plan)
         self.anchors = {f.index: bridge.initial_anchor(plan.config, f, plan.seed) for f in self.fragments}
         self.payload_bits_per_parameter = 0.0
         """Of all that was offered, for one peer."""
@@ -81,7 +68,7 @@ class Braniac(Swarm):
         merged = merge(self.manifest, self.manifest.fragment_of(slot), delivered)
         self._count(slot, delivered, merged)
         if merged is not None:
-            self._settle(slot, merged, offers)
+            self.settle(slot, merged, offers)
 
     def _count(self, slot: int, delivered: Sequence[Contribution], merged: Merged | None) -> None:
         numbers = {peer.id: peer.number for peer in self.peers}
@@ -120,7 +107,7 @@ class Braniac(Swarm):
         """What reaches the owner of the slot."""
         return [offer.contribution for offer in offers.values()]
 
-    def _settle(self, slot: int, merged: Merged, offers: Mapping[int, Offer]) -> None:
+    def settle(self, slot: int, merged: Merged, offers: Mapping[int, Offer]) -> None:
         """The update moves the anchor and everybody's weights; admitted work is taken back."""
         fragment = self.fragments[self.manifest.fragment_of(slot)]
         layout = self.layout(fragment.index)
@@ -155,6 +142,25 @@ class Braniac(Swarm):
     def own_loss(self, number: int) -> float:
         """Held-out loss of one peer's own weights, in nats per byte."""
         return held_out_loss(self.peers[number].trainer.model, self.held_out())
+
+
+def manifest_of(plan: Plan) -> Manifest:
+    """The manifest of a plan's run. Raises ManifestError for one that no run may have, such as too large a step."""
+    return Manifest(
+        name="benchmark",
+        founder=identity(0).peer_id,
+        epoch_ms=0,
+        slot_ms=1000,
+        seed=plan.seed,
+        tiers=plan.config.tiers,
+        model=plan.config.to_dict(),
+        data={},
+        layout_digest=bytes(32),
+        fragments=bridge.fragment_specs(fragment_table(plan.config, plan.fragments)),
+        up=plan.up,
+        down=plan.down,
+        merge=replace(plan.merge, step_q16=round(plan.merge.step_q16 * plan.outer_rate)),
+    )
 
 
 def percent_over(losses: Sequence[float], clean: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,9 @@ from braniac.model.tokenizer import ByteTokenizer
 from braniac.node.config import DataSection
 from braniac.node.text import text_source
 from braniac.protocol.codec import CodecRules
+from braniac.protocol.errors import ProtocolError
 from braniac.protocol.manifest import MergeRules
+from outer.braniac import manifest_of
 from outer.methods import Method, chosen
 from outer.results import Results
 from outer.swarm import MICRO, TILE, Plan
@@ -34,10 +36,14 @@ MODEL = ModelConfig(
 )
 """1,048,576 parameters in 256 tiles of 64x64."""
 
-QUICK = Plan(
-    config=replace(MICRO, matformer_factor=1), tiers=(0,) * 4, windows=4, steps=8, batch=4, fragments=4, evaluated=64
-)
-"""82k parameters: whether everything runs, not who wins."""
+MODELS = {"1m": MODEL, "82k": replace(MICRO, matformer_factor=1)}
+"""By parameters; the smaller one has 81,920 in 20 tiles."""
+
+QUICK = Plan(config=MODELS["82k"], tiers=(0,) * 4, windows=4, steps=8, batch=4, fragments=4, evaluated=64)
+"""Shows that everything runs, not who wins."""
+
+PEERS_MAX = 256
+"""Peers' keys are made from a number of one byte."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -46,13 +52,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--methods", help="which, by name, with commas (default: all)")
     made.add_argument("--data", nargs="+", default=[], help="files, folders or hf:// (default: the standard library)")
     made.add_argument("--seeds", type=_positive, default=3, help="how many (default: 3)")
-    made.add_argument("--peers", type=_positive, default=8)
+    made.add_argument("--model", choices=MODELS, default="1m", help="its parameters: 1,048,576 or 81,920")
+    made.add_argument("--peers", type=_up_to(PEERS_MAX), default=8)
     made.add_argument("--windows", type=_positive, default=12, help="of H steps")
     made.add_argument("--steps", type=_positive, default=30, help="H, inner steps per window")
     made.add_argument("--batch", type=_positive, default=8, help="windows of text per step")
     made.add_argument("--fragments", type=_positive, default=8, help="for methods that send parts in turn")
-    made.add_argument("--up", type=_of_tile, default=64, help="Braniac: values of 4096 that a peer sends")
-    made.add_argument("--down", type=_of_tile, default=256, help="Braniac: values of 4096 in a merged update")
+    made.add_argument("--up", type=_up_to(TILE), default=64, help="Braniac: values of 4096 that a peer sends")
+    made.add_argument("--down", type=_up_to(TILE), default=256, help="Braniac: values of 4096 in a merged update")
     made.add_argument("--coverage", type=int, default=1, choices=(0, 1, 2), help="Braniac: normaliser, see merge.py")
     made.add_argument("--constant", action="store_true", help="learning rates do not fall at the end")
     made.add_argument("--quick", action="store_true", help="a small model, one seed, few steps: under a minute")
@@ -67,7 +74,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         QUICK
         if options.quick
         else Plan(
-            config=MODEL,
+            config=MODELS[options.model],
             tiers=(0,) * options.peers,
             windows=options.windows,
             steps=options.steps,
@@ -111,13 +118,19 @@ class Setup:
     results: Results | None
 
 
-def set_up(options: argparse.Namespace, known: Mapping[str, Method]) -> Setup:
-    """What options ask for. Raises ValueError for an unknown method, OSError for a folder that exists, ModelError."""
+def set_up(options: argparse.Namespace, known: Mapping[str, Method], outer_rates: Sequence[float] = (1.0,)) -> Setup:
+    """What options ask for, with the factors on Braniac's outer step that will be tried.
+
+    Raises ValueError for an unknown method, OSError for a folder that exists, ModelError, and ManifestError for what
+    no run of Braniac may have.
+    """
     torch.set_num_threads(1)
     names = chosen(options.methods, list(known)) if options.methods else list(known)
     plan = plan_of(options)
     corpus = corpus_of(options, plan)
     fragment_table(plan.config, plan.fragments)  # refuses too many
+    for rate in outer_rates if "braniac" in names else ():
+        manifest_of(replace(plan, outer_rate=rate))
     results = Results(options.results) if options.results else None
     if results is not None:
         results.write_about(plan, vars(options))
@@ -134,7 +147,7 @@ def show(options: argparse.Namespace, setup: Setup, report: Mapping[str, object]
         "seeds": len(setup.seeds),
         "text": setup.corpus.name,
     }
-    print(json.dumps(found) if options.json else json.dumps(found, indent=2))
+    print(json.dumps(found, indent=None if options.json else 2, allow_nan=False))
 
 
 @contextmanager
@@ -142,7 +155,7 @@ def one_sentence(made: argparse.ArgumentParser) -> Iterator[None]:
     """What is asked for and cannot be done ends the program with its cause and exit code 2."""
     try:
         yield
-    except (ModelError, ValueError, OSError) as error:
+    except (ModelError, ProtocolError, ValueError, OSError) as error:
         made.error(str(error))
 
 
@@ -152,7 +165,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _of_tile(text: str) -> int:
-    if (value := _positive(text)) > TILE:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than the {TILE} values of a tile")
-    return value
+def _up_to(most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if (value := _positive(text)) > most:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {most}")
+        return value
+
+    return number

@@ -13,10 +13,30 @@ from braniac.model.sources import Corpus
 from outer.methods import Method
 from outer.swarm import Plan
 
+POINTS = 6
+"""At most so many evaluations in the course of a run."""
+
+PHONE_UP_BYTES_PER_S = 1_250_000
+PHONE_DOWN_BYTES_PER_S = 6_250_000
+"""10 Mbit/s up, 50 down."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """How far a run has come after a window."""
+
+    step: int
+    loss: float
+    """Held-out, in nats per byte; learning rates have not fallen yet, unless it is the last."""
+    bytes_per_peer: float
+    """Uplink so far."""
+    link_s: float
+    """How long the busiest phone's link was occupied so far."""
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of one method gave: a row of a CSV."""
+    """What one run of one method gave: a row of a CSV, and its course."""
 
     method: str
     seed: int
@@ -32,15 +52,26 @@ class Outcome:
     peak_to_mean: float
     """Of the uplink in the course of one step, of the peer with the worst."""
     cpu_s: float
+    course: tuple[Point, ...] = ()
 
 
 def run(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
-    """Train from the beginning, and take the loss at the end."""
+    """Train from the beginning, and take the loss now and then and at the end."""
     began_s = time.process_time()
     swarm = method(plan, corpus)
+    course: list[Point] = []
+    period = -(-plan.windows // POINTS) * swarm.slots_per_window
+
+    def watch(slot: int) -> None:
+        if (slot + 1) % period and slot + 1 < swarm.slots:
+            return
+        step, books = swarm.steps_until(slot + 1), swarm.books
+        link_s = books.link_s(step, PHONE_UP_BYTES_PER_S, PHONE_DOWN_BYTES_PER_S)
+        course.append(Point(step, swarm.loss(), float(books.uplink[:step].sum(0).mean()), link_s))
+
     try:
-        swarm.run()
-        loss = swarm.loss()
+        swarm.run(watch)
+        loss = course[-1].loss
     except TrainingDiverged:
         loss = math.inf
     return Outcome(
@@ -55,6 +86,7 @@ def run(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
         largest_message_bytes=swarm.books.largest_message,
         peak_to_mean=round(swarm.books.peak_to_mean(), 3),
         cpu_s=round(time.process_time() - began_s, 2),
+        course=tuple(course),
     )
 
 
@@ -63,7 +95,7 @@ class Sweep:
     """All runs of one method."""
 
     tried: tuple[Outcome, ...]
-    """One per pair of learning rates, with the first seed."""
+    """One per pair of learning rates that was tried, with the first seed."""
     best: tuple[Outcome, ...]
     """One per seed, with the rates of the lowest loss."""
 
@@ -94,14 +126,20 @@ def sweep(
     rates: Sequence[float],
     outer_rates: Sequence[float],
 ) -> Sweep:
-    """Try all pairs of rates with the first seed, then the best pair with the others."""
-    plans = [
-        replace(plan, seed=seeds[0], rate=rate, outer_rate=outer_rate) for rate in rates for outer_rate in outer_rates
-    ]
-    tried = [run(name, method, each, corpus) for each in plans]
-    best = min(range(len(tried)), key=lambda at: tried[at].loss)
-    others = [run(name, method, replace(plans[best], seed=seed), corpus) for seed in seeds[1:]]
-    return Sweep(tuple(tried), (tried[best], *others))
+    """Try the inner rates with the first of the outer ones, then the outer rates with the best of the inner ones.
+
+    All that with the first seed; the others get the best pair.
+    """
+
+    def tried(rate: float, outer_rate: float) -> Outcome:
+        return run(name, method, replace(plan, seed=seeds[0], rate=rate, outer_rate=outer_rate), corpus)
+
+    runs = [tried(rate, outer_rates[0]) for rate in rates]
+    rate = min(runs, key=lambda outcome: outcome.loss).rate
+    runs += [tried(rate, outer_rate) for outer_rate in outer_rates[1:]]
+    best = min(runs, key=lambda outcome: outcome.loss)
+    plans = [replace(plan, seed=seed, rate=best.rate, outer_rate=best.outer_rate) for seed in seeds[1:]]
+    return Sweep(tuple(runs), (best, *(run(name, method, each, corpus) for each in plans)))
 
 
 def rates_for(given: Sequence[str], known: Sequence[str]) -> Mapping[str, list[float]]:

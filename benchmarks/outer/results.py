@@ -8,13 +8,15 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from outer.compare import Outcome
+from outer.compare import Outcome, Point
 from outer.swarm import Plan
 
 
@@ -31,23 +33,28 @@ class Results:
             ) from None
         self.folder = folder
 
-    def write_about(self, plan: Plan, options: Mapping[str, object]) -> None:
-        """Date, commit, machine, plan and options, as JSON."""
+    def write_about(self, plan: Plan | None, options: Mapping[str, object]) -> None:
+        """Date, command, commit, machine, options and, of what is simulated, the plan, as JSON."""
         about = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", *sys.argv]),
             "commit": _commit(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "plan": dataclasses.asdict(plan),
+            "plan": dataclasses.asdict(plan) if plan is not None else None,
             "options": options,
         }
         (self.folder / "about.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
 
     def add_outcomes(self, name: str, outcomes: Iterable[Outcome]) -> None:
-        """One row per run."""
-        names = [field.name for field in dataclasses.fields(Outcome)]
-        self.add_rows(name, names, (dataclasses.astuple(outcome) for outcome in outcomes))
+        """One row per run, and one per point of its course in a second file."""
+        columns = [field.name for field in dataclasses.fields(Outcome) if field.name != "course"]
+        points = [field.name for field in dataclasses.fields(Point)]
+        for outcome in outcomes:
+            self.add_rows(name, columns, [[getattr(outcome, column) for column in columns]])
+            rows = [(outcome.method, outcome.seed, *dataclasses.astuple(point)) for point in outcome.course]
+            self.add_rows(f"{name}_course", ("method", "seed", *points), rows)
 
     def add_rows(self, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """More rows of a CSV file; a long comparison keeps what it has when it is interrupted."""
@@ -59,11 +66,14 @@ class Results:
 
 
 def _commit() -> str:
-    """Of the working tree that this file is in, with a + if files differ; `unknown` outside of git."""
+    """Of the working tree that this file is in, with a + if its files differ; `unknown` outside of git."""
+    here = str(Path(__file__).parent)
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
     try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+" if changed.strip() else "")

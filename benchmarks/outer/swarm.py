@@ -6,6 +6,7 @@ Trainers, model, text and evaluation are the production ones. The same plan give
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,6 +87,11 @@ class Peer:
     trainer: Trainer
 
 
+def identity(number: int) -> Identity:
+    """Of a peer, by its number below 256."""
+    return Identity.from_seed(bytes([number]) * 32)
+
+
 class Swarm(abc.ABC):
     """Peers and what they have in common. A method says how often and what they exchange, and what they agree on."""
 
@@ -99,7 +105,7 @@ class Swarm(abc.ABC):
             seed=plan.seed,
             batch=plan.batch,
         )
-        identities = [Identity.from_seed(bytes([number]) * 32) for number in range(len(plan.tiers))]
+        identities = [identity(number) for number in range(len(plan.tiers))]
         self.peers = [
             Peer(number, tier, i.peer_id, Trainer(plan.config, tier, self._batches(i.peer_id), settings))
             for number, (tier, i) in enumerate(zip(plan.tiers, identities, strict=True))
@@ -126,11 +132,12 @@ class Swarm(abc.ABC):
     def slots(self) -> int:
         return self.plan.windows * self.slots_per_window
 
-    def run(self) -> None:
-        """Play all slots."""
+    def run(self, watch: Callable[[int], None] = lambda slot: None) -> None:
+        """Play all slots; `watch` is called with the number of each after it."""
         for slot in range(self.slots):
             self.train(slot)
             self.exchange(slot)
+            watch(slot)
 
     def train(self, slot: int) -> None:
         """The inner steps that fall into a slot, by everybody."""

@@ -54,7 +54,10 @@ def test_loss_and_bytes_of_every_method_are_printed_and_kept(
     options = ("--quick", "--json", "--data", text, "--results", folder, "--outer-rates", "braniac=1,2")
     assert started(monkeypatch, loss_bytes, *options) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(report["methods"]) == 10
+    assert len(report["methods"]) == 10 + 3
+    for rival in loss_bytes.BEATEN:
+        ours, theirs = report["methods"][f"braniac_at_{rival}"], report["methods"][rival]
+        assert ours["bytes_per_peer"] <= theirs["bytes_per_peer"]
     for name, figures in report["methods"].items():
         assert 0 < figures["loss"] < 6, name
         assert figures["bytes_per_peer"] > 0, name
@@ -62,7 +65,12 @@ def test_loss_and_bytes_of_every_method_are_printed_and_kept(
     with (folder / "loss_bytes.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert float(rows["diloco"]["loss"]) == pytest.approx(report["methods"]["diloco"]["loss"], abs=1e-5)
-    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 9 + 2
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 9 + 4 * 2
+    with (folder / "loss_bytes_course.csv").open() as file:
+        course = [row for row in csv.DictReader(file) if row["method"] == "diloco"]
+    assert [int(row["step"]) for row in course] == [2, 4]
+    assert float(course[-1]["loss"]) == float(rows["diloco"]["loss"])
+    assert float(course[-1]["bytes_per_peer"]) == float(rows["diloco"]["bytes_per_peer"])
     about = json.loads((folder / "about.json").read_text())
     assert about["plan"]["batch"] == 2
     assert {"date", "commit", "machine"} <= about.keys()
@@ -77,21 +85,32 @@ def test_loss_and_bytes_of_every_method_are_printed_and_kept(
         (["--rates", "0,1"], "no list of rates"),
         (["--outer-rates", "dilocco=1"], "not compared"),
         (["--seeds", "0"], "not a whole number from 1 on"),
-        (["--up", "4097"], "more than the 4096 values of a tile"),
+        (["--up", "4097"], "'4097' is more than 4096"),
+        (["--peers", "257"], "'257' is more than 256"),
+        (["--outer-rates", "1,8"], "an outer step between 1/64 and 4"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(
     text: Path,
+    tmp_path: Path,
     arguments: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        started(monkeypatch, loss_bytes, "--quick", "--data", text, *arguments)
+        started(monkeypatch, loss_bytes, "--quick", "--data", text, "--results", tmp_path / "results", *arguments)
     out, error = capsys.readouterr()
     assert message in error.splitlines()[-1]
     assert not out
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_step_that_is_too_large_for_braniac_is_none_of_the_others_business(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--quick", "--data", text, "--methods", "averaging", "--outer-rates", "8")
+    assert started(monkeypatch, loss_bytes, *options) == 0
 
 
 def test_results_are_not_overwritten(
@@ -138,14 +157,28 @@ def test_drops_cost_who_throws_work_away(
         assert figures["over_percent"]["100"] > 0
 
 
+def test_a_diverged_run_with_drops_has_no_figure(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(drops, "PERCENTS", (0, 25))
+    monkeypatch.setattr(drops, "METHODS", {"braniac": Flaky})
+    assert started(monkeypatch, drops, "--quick", "--json", "--data", text, "--methods", "braniac") == 0
+    figures = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["methods"]["braniac"]
+    assert figures == {"loss": {"0": 4.0, "25": None}, "over_percent": {"0": 0.0, "25": None}, "diverged": True}
+    assert drops.missed({"braniac": drops.figures({0: 4.0, 25: math.inf})}) == ["25%"]
+    assert drops.missed({"braniac": drops.figures({0: 4.0, 25: 4.01})}) == []
+    assert drops.missed({"braniac": drops.figures({0: math.inf, 25: 4.01})}) == ["25%"]
+
+
 def test_judging_looks_at_losses_and_bytes() -> None:
     good = {"loss": 1.0, "bytes_per_peer": 10}
     dense, equal = {"loss": 1.0, "bytes_per_peer": 1500}, {"loss": 1.1, "bytes_per_peer": 10}
-    assert loss_bytes.missed({"braniac": good, "diloco": dense, "demo": equal}) == []
+    assert loss_bytes.missed({"braniac": good, "diloco": dense, "demo": equal, "braniac_at_demo": good}) == []
     assert loss_bytes.missed({"diloco": dense}) == []
     assert loss_bytes.missed({"braniac": good, "diloco": {**dense, "loss": 0.98}}) == ["loss of diloco"]
     assert loss_bytes.missed({"braniac": good, "diloco": {**dense, "bytes_per_peer": 1499}}) == ["bytes of diloco"]
-    assert loss_bytes.missed({"braniac": {**good, "bytes_per_peer": 11}, "demo": equal}) == ["bytes of demo"]
+    assert loss_bytes.missed({"braniac_at_demo": {**good, "bytes_per_peer": 11}, "demo": equal}) == ["bytes of demo"]
+    assert loss_bytes.missed({"braniac_at_demo": {**good, "loss": 1.2}, "demo": equal}) == ["loss of demo"]
     assert loss_bytes.missed({"braniac": good, "demo": {"diverged": True}}) == ["demo diverged"]
 
 
@@ -157,7 +190,7 @@ def test_rates_for_one_method_count_more_than_those_for_all() -> None:
 class Fake(DiLoCo):
     """A method whose loss is known."""
 
-    def run(self) -> None:
+    def train(self, slot: int) -> None:
         if self.plan.rate > 4:
             raise TrainingDiverged("too fast.")
 
@@ -165,11 +198,22 @@ class Fake(DiLoCo):
         return abs(self.plan.rate - 2) + abs(self.plan.outer_rate - 3) + 0.1 * self.plan.seed
 
 
+class Flaky(DiLoCo):
+    """A method that diverges if anybody drops out."""
+
+    def train(self, slot: int) -> None:
+        if self.plan.missing_percent:
+            raise TrainingDiverged("too few.")
+
+    def loss(self) -> float:
+        return 4.0
+
+
 def test_a_sweep_takes_the_best_rates_to_the_other_seeds() -> None:
     tokens = np.zeros(400, np.uint8)
     corpus = Corpus("zeros", (tokens,), (tokens,))
-    found = sweep("fake", Fake, PLAN, corpus, range(3), [1, 2, 8], [3, 4])
-    assert [(o.rate, o.outer_rate) for o in found.tried] == [(1, 3), (1, 4), (2, 3), (2, 4), (8, 3), (8, 4)]
+    found = sweep("fake", Fake, PLAN, corpus, range(3), [1, 2, 8], [4, 3])
+    assert [(o.rate, o.outer_rate) for o in found.tried] == [(1, 4), (2, 4), (8, 4), (2, 3)]
     assert {(o.rate, o.outer_rate) for o in found.best} == {(2, 3)}
     assert found.summary()["loss_by_seed"] == [0.0, 0.1, 0.2]
     hopeless: Any = sweep("fake", Fake, replace(PLAN), corpus, range(1), [8], [1]).summary()

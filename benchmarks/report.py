@@ -1,0 +1,308 @@
+"""Write docs/RESULTS.md from the CSV files in benchmarks/results/, and draw the pictures that it shows.
+
+    python benchmarks/report.py
+
+Every figure in it comes from a CSV file; what was not measured is said to be missing. A test compares the file with
+what this script makes of the results in the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from plots import RESULTS, draw
+
+from outer.tables import Folder, Row, folders, grouped, mean, mean_and_spread
+
+TARGET = Path(__file__).parent.parent / "docs" / "RESULTS.md"
+
+INTRODUCTION = """\
+# Results of the comparisons
+
+Made by `python benchmarks/report.py` from the CSV files in [benchmarks/results](../benchmarks/results): run it again
+after a new run, and edit nothing here. Losses are held-out, in nats per byte, as means over seeds ± standard deviation.
+Other measurements (memory, speed, churn, hostile peers) are in [benchmarks/RESULTS.md](../benchmarks/RESULTS.md).
+"""
+
+NOT_SHOWN = """\
+* **A run of a billion parameters**, on phones or on anything else. Steps of such a model were measured in memory and
+  time, no model of that size was trained.
+* **Phones.** Everything here ran on one Linux machine; hours on phone links are computed from bytes, with an assumed
+  time per step.
+* **The internet.** Live comparisons ran over loopback, with no delay and no loss between peers.
+* **Many seeds and long runs.** The tables say how many seeds and tokens there were. Losses still fall when the runs
+  end, so an order of methods at their end need not be the order at convergence.
+* **The authors' own code.** Rival methods were written anew from their code or papers, with one inner optimizer for
+  all but DeMo and DisTrO; each names its departures in its docstring. NoLoCo's constants come from descriptions.
+* **Tuning of rivals** beyond the learning rates in `sweep.csv`.
+* **Text other than the source code of Python's standard library**, read as bytes.\
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One comparison in the report."""
+
+    title: str
+    script: str
+    kind: str
+    """Name of its main CSV file."""
+    table: Callable[[Folder], Iterator[str]]
+    pictures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the README says, and the figure that stands for it."""
+
+    text: str
+    script: str
+    kind: str
+    """Name of the CSV file that the figure comes from."""
+    figure: Callable[[Folder], str | None]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """In Markdown."""
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def size(value: float) -> str:
+    """Bytes for people."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def loss_bytes_table(folder: Folder) -> Iterator[str]:
+    rows = []
+    for (method,), of_method in grouped(folder.rows("loss_bytes"), "method").items():
+        sent, received = mean(of_method, "bytes_per_peer"), mean(of_method, "downlink_bytes_per_peer")
+        rates = f"{float(of_method[0]['rate']):g}, {float(of_method[0]['outer_rate']):g}"
+        rows.append((method, mean_and_spread(of_method, "loss"), size(sent), size(received), rates))
+    yield from table(("method", "loss", "sent by a peer", "received", "factors on rates, inner and outer"), rows)
+
+
+def drops_table(folder: Folder) -> Iterator[str]:
+    rows = folder.rows("drops")
+    percents = sorted({row["missing_percent"] for row in rows}, key=int)
+    lines = []
+    for (method,), of_method in grouped(rows, "method").items():
+        by_percent = grouped(of_method, "missing_percent")
+        lines.append((method, *(mean_and_spread(by_percent.get((p,), []), "loss") for p in percents)))
+    yield from table(("method", *(f"{percent}% drop out" for percent in percents)), lines)
+
+
+def burst_table(folder: Folder) -> Iterator[str]:
+    lines = [
+        (method, f"{peak_to_mean(rows):.2f}", size(max(int(row["busiest_bytes"]) for row in rows)))
+        for (method,), rows in grouped(folder.rows("burst"), "method").items()
+    ]
+    yield from table(("method", "busiest second over the mean of all", "most that a peer sent in a second"), lines)
+
+
+def peak_to_mean(rows: Sequence[Row]) -> float:
+    """Of the busiest peer's busiest second over the mean of all peers and seconds."""
+    return max(int(row["busiest_bytes"]) for row in rows) / mean(rows, "mean_bytes")
+
+
+def delay_table(folder: Folder) -> Iterator[str]:
+    lines = [
+        (case, mean_and_spread(rows, "loss"), f"{mean_and_spread(rows, 'over_percent')}%")
+        for (case,), rows in grouped(folder.rows("delay"), "case").items()
+    ]
+    yield from table(("case", "loss", "over the first"), lines)
+
+
+def round_table(folder: Folder) -> Iterator[str]:
+    kills = grouped(folder.rows("round_kills"), "system")
+    lines = []
+    for row in folder.rows("round"):
+        of_system = kills.get((row["system"],), [])
+        lost = [f"{float(kill['lost_s']):.1f} s" if kill["lost_s"] else f"{kill['hung']} hung" for kill in of_system]
+        agree = [f"{float(kill['agree_percent']):.0f}%" if kill["agree_percent"] else "-" for kill in of_system]
+        lines.append(
+            (
+                row["system"],
+                f"{float(row['seconds']):.1f} s",
+                size(float(row["bytes_per_peer"])),
+                f"{float(row['bytes_per_peer']) / int(row['parameters']):.3g}",
+                f"{float(row['cpu_s_per_peer']):.2f} s",
+                ", ".join(lost),
+                ", ".join(agree),
+            )
+        )
+    header = (
+        "system",
+        "round",
+        "sent by a peer",
+        "bytes per parameter",
+        "processor",
+        "lost by a kill",
+        "agree after it",
+    )
+    yield from table(header, lines)
+
+
+def tiers_table(folder: Folder) -> Iterator[str]:
+    lines = [
+        (swarm, tier, mean_and_spread(rows, "loss"))
+        for (swarm, tier), rows in grouped(folder.rows("tiers"), "swarm", "tier").items()
+    ]
+    yield from table(("swarm", "tier", "loss"), lines)
+
+
+SECTIONS = (
+    Section(
+        "Loss against bytes",
+        "loss_bytes.py",
+        "loss_bytes",
+        loss_bytes_table,
+        ("loss_against_bytes", "loss_against_tokens", "loss_against_hours"),
+    ),
+    Section("Peers that drop out", "drops.py", "drops", drops_table, ("loss_under_drops",)),
+    Section("Bursts", "burst.py", "burst", burst_table, ("uplink_over_time",)),
+    Section("Late updates and slow peers", "delay.py", "delay", delay_table),
+    Section("A live round, against hivemind", "round.py", "round", round_table),
+    Section("Small devices beside large ones", "tiers.py", "tiers", tiers_table, ("tiers",)),
+)
+
+
+def against(folder: Folder, ours: str, theirs: str) -> str | None:
+    """Loss and bytes of one method beside another's."""
+    methods = grouped(folder.rows("loss_bytes"), "method")
+    if (ours,) not in methods or (theirs,) not in methods:
+        return None
+    mine, other = methods[(ours,)], methods[(theirs,)]
+    over = 100 * (mean(mine, "loss") / mean(other, "loss") - 1)
+    ratio = mean(other, "bytes_per_peer") / mean(mine, "bytes_per_peer")
+    return f"loss {over:+.1f}% against {theirs}, with 1/{ratio:.3g} of its bytes"
+
+
+def rise(folder: Folder, percent: int) -> str | None:
+    """What drops cost Braniac."""
+    by_percent = grouped([row for row in folder.rows("drops") if row["method"] == "braniac"], "missing_percent")
+    if ("0",) not in by_percent or (str(percent),) not in by_percent:
+        return None
+    over = 100 * (mean(by_percent[(str(percent),)], "loss") / mean(by_percent[("0",)], "loss") - 1)
+    return f"loss {over:+.1f}% when {percent}% of the peers drop out of every exchange"
+
+
+def killed(folder: Folder) -> str | None:
+    """How survivors of ours went on."""
+    rows = [row for row in folder.rows("round_kills") if row["system"] == "braniac" and row["lost_s"]]
+    if not rows:
+        return None
+    worst, agree = max(float(row["lost_s"]) for row in rows), min(float(row["agree_percent"]) for row in rows)
+    return f"one of four killed: at most {worst:.1f} s without a certificate, survivors agree on {agree:.0f}%"
+
+
+def help_by(folder: Folder, swarm: str) -> str | None:
+    """What a mixed swarm gives the large model."""
+    rows = grouped([row for row in folder.rows("tiers") if row["tier"] == "0"], "swarm")
+    if (swarm,) not in rows or ("2_full",) not in rows:
+        return None
+    pairs = zip(rows[(swarm,)], rows[("2_full",)], strict=True)
+    ratios = [float(mixed["loss"]) / float(alone["loss"]) for mixed, alone in pairs]
+    return f"full-width loss {100 * (statistics.mean(ratios) - 1):+.2f}% against 2 full peers alone ({swarm})"
+
+
+def burstiness(folder: Folder) -> str | None:
+    rows = grouped(folder.rows("burst"), "method").get(("braniac",))
+    return None if rows is None else f"busiest second {peak_to_mean(rows):.1f} times the mean"
+
+
+CLAIMS = (
+    Claim(
+        "Peers average one small piece per slot, and learn together by it",
+        "loss_bytes.py",
+        "loss_bytes",
+        lambda folder: against(folder, "braniac", "diloco"),
+    ),
+    *(
+        Claim(
+            f"The same, with the bytes of {rival}",
+            "loss_bytes.py",
+            "loss_bytes",
+            lambda folder, rival=rival: against(folder, f"braniac_at_{rival}", rival),  # type: ignore[misc]
+        )
+        for rival in ("demo", "distro", "sparseloco")
+    ),
+    Claim("Any peer may vanish at any moment, and the others go on", "round.py", "round_kills", killed),
+    Claim(
+        "Without a certificate the work is offered again later", "drops.py", "drops", lambda folder: rise(folder, 25)
+    ),
+    Claim("Traffic is even, one small piece after the other", "burst.py", "burst", burstiness),
+    *(
+        Claim(
+            f"A device trains the slice that fits it, and helps the whole by it ({swarm})",
+            "tiers.py",
+            "tiers",
+            lambda folder, swarm=swarm: help_by(folder, swarm),  # type: ignore[misc]
+        )
+        for swarm in ("2_full_6_quarter", "2_full_6_half")
+    ),
+)
+
+
+def claim_rows(results: Path) -> Iterator[tuple[str, ...]]:
+    for claim in CLAIMS:
+        shown = [(folder, figure) for folder in folders(results, claim.kind) if (figure := claim.figure(folder))]
+        for folder, figure in shown:
+            yield claim.text, f"`{claim.script}` ([{folder.path.name}](#{folder.path.name}))", figure
+        if not shown:
+            yield claim.text, f"`{claim.script}`", "**not measured yet**"
+
+
+def section(part: Section, results: Path) -> Iterator[str]:
+    yield f"## {part.title}\n"
+    found = folders(results, part.kind)
+    for folder in found:
+        about = folder.about
+        yield f"### {folder.path.name}\n"
+        yield f"`{about['command']}`\n"
+        yield f"{about['date'][:10]}, commit {about['commit'][:12]}, {about['machine']}, torch {about['torch']}.\n"
+        yield "\n".join(part.table(folder)) + "\n"
+    for picture in part.pictures if found else ():
+        yield f"![{picture.replace('_', ' ')}](../benchmarks/results/{picture}.png)\n"
+    if not found:
+        yield f"Not measured yet: `python benchmarks/{part.script} --results benchmarks/results/{part.kind}`.\n"
+
+
+def text(results: Path) -> str:
+    """The whole report. Raises ValueError for results that cannot be read."""
+    parts = [
+        INTRODUCTION,
+        "## What the README claims\n",
+        "\n".join(table(("claim", "command", "figure"), list(claim_rows(results)))) + "\n",
+        "## What is not shown\n",
+        NOT_SHOWN + "\n",
+        *(line for part in SECTIONS for line in section(part, results)),
+    ]
+    return "\n".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    try:
+        written = text(RESULTS)
+        for name, picture in draw(RESULTS):
+            sys.stderr.write(f"{picture or f'{name}: nothing was measured for it'}\n")
+    except ValueError as error:
+        parser.error(str(error))
+    TARGET.write_text(written, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
