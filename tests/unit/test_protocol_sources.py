@@ -145,3 +145,35 @@ def test_what_is_known_about_an_update_goes_with_it() -> None:
     swarm.run(6)
     for peer in swarm.peers:
         assert len(peer.engine._certificates._sources._waits) <= 1
+
+
+def test_only_who_holds_the_fragment_is_in_its_tree() -> None:
+    """Seats have the update whatever they hold."""
+    swarm = Swarm.running([0, 0, 1, 1, 1], rings=(0, 1, 1))
+    first = swarm.slot + 1
+    swarm.run(9)
+    small = {peer.id for peer in swarm.peers if peer.tier == 1}
+    seen = 0
+    for slot in range(first, swarm.slot - 2):
+        if swarm.manifest.fragment_of(slot) == 0:
+            continue
+        digest, seats = update_of(swarm, slot), seats_of(swarm, slot)
+        for peer in swarm.peers[:2]:
+            for wanted in asked(peer, digest):
+                assert small & set(wanted.holders) <= set(seats)
+                seen += 1
+        assert not any(asked(peer, digest) for peer in swarm.peers[2:])
+    assert seen
+
+
+def test_a_contribution_that_is_kept_from_the_seats_comes_from_the_owner() -> None:
+    swarm = Swarm.running([0] * 4)
+    slot = swarm.slot + 1
+    owner, *others = (swarm.by_id[peer] for peer in seats_of(swarm, slot))
+    contributor = next(peer for peer in swarm.peers if peer.id not in seats_of(swarm, slot))
+    swarm.cut([contributor.number], [seat.number for seat in others])
+    swarm.run_until(swarm.manifest.slot_start(slot + 2))
+    payload = contributor.offered[slot]
+    assert contributor.served[payload] == 1
+    assert owner.served[payload] == 2
+    assert update_of(swarm, slot)
