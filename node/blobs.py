@@ -38,7 +38,7 @@ class Blobs:
         self._metrics = metrics
         self._clock = clock
         self._grace_s = min(_GRACE_S_MAX, grace_s)
-        self._holders = Holders()
+        self._holders = Holders(clock)
 
     async def fetch(
         self,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from braniac.node.blobs import Blobs
+from braniac.node.clock import FakeClock
 from braniac.node.exchange import BlobUnavailable
 from braniac.node.holders import Holders
 from braniac.protocol import limits
@@ -221,7 +222,7 @@ async def test_a_slow_holder_is_better_than_none(nodes: Nodes) -> None:
 
 def test_faults_are_forgiven_when_a_holder_delivers() -> None:
     a, b, c = (identity(n).peer_id for n in range(3))
-    holders = Holders()
+    holders = Holders(FakeClock())
     assert holders.in_order([c, a, b]) == [c, a, b]
     for _ in range(3):
         holders.failed(c)
@@ -232,3 +233,14 @@ def test_faults_are_forgiven_when_a_holder_delivers() -> None:
     for _ in range(2):
         holders.delivered(c)
     assert holders.in_order([c, a, b]) == [c, a, b]
+
+
+def test_faults_of_long_ago_are_forgiven() -> None:
+    """Who is asked last never gets a chance to deliver, and must be somebody's first again some day."""
+    clock, (a, b) = FakeClock(), (identity(n).peer_id for n in range(2))
+    holders = Holders(clock)
+    holders.failed(a)
+    clock.advance(500)
+    assert holders.in_order([a, b]) == [b, a]
+    clock.advance(500)
+    assert holders.in_order([a, b]) == [a, b]
