@@ -1,4 +1,4 @@
-"""The way of an update from the owner of a slot to all who hold its fragment: a tree in which each is asked by two.
+"""The way of an update from the owner of a slot to all who hold its fragment: a tree in which two at most ask one.
 
 It is a treap (Seidel and Aragon 1996), and everybody can work out its own way up alone. The peers stand in a row, in
 the order of one hash, and each has a rank: the owner the highest, then the other seats, because they have the update,
@@ -30,11 +30,11 @@ def ancestors(
     def rank(peer: PeerId) -> tuple[int, bool, bytes]:
         return seats.get(peer, 0), peer in taking_part, lots[peer]
 
-    # The two halves of a lot are independent: what is compared first decides ranks, what is compared last the order.
-    order = sorted(lots, key=lambda peer: lots[peer][::-1])
-    at = order.index(me)
+    # Ranks compare lots from their first byte on, the row from the last one: as good as two hashes.
+    row = sorted(lots, key=lambda peer: lots[peer][::-1])
+    at = row.index(me)
     found = []
-    for side in (order[:at][::-1], order[at + 1 :]):
+    for side in (row[:at][::-1], row[at + 1 :]):
         highest = rank(me)
         for peer in side:
             if rank(peer) > highest:

@@ -10,6 +10,7 @@ import pytest
 from braniac.node.exchange import Exchange
 from braniac.protocol import committee
 from braniac.protocol import messages_pb2 as pb
+from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.tree import ancestors
 from tests.sim.node import Life, Machine
 from tests.sim.training import FRAGMENTS
@@ -122,5 +123,40 @@ def test_inner_peers_that_fall_silent_keep_an_update_from_nobody() -> None:
         others = [machine for machine in world.machines if machine not in silent]
         await world.until(lambda: all(has_merged(machine, slot) for machine in others), 3, 0.05)
         world.mend()
+
+    tell(story, *[0] * SIZE)
+
+
+def says_that_it_has_nothing(request: pb.ChunkRequest, reply: pb.Reply) -> None:
+    raise WireError(Refusal.NOT_READY, "no such blob here")
+
+
+def gives_other_bytes(request: pb.ChunkRequest, reply: pb.Reply) -> None:
+    reply.chunk = bytes(len(reply.chunk))
+
+
+@pytest.mark.parametrize("lie", [says_that_it_has_nothing, gives_other_bytes])
+def test_inner_peers_that_lie_keep_an_update_from_nobody(
+    monkeypatch: pytest.MonkeyPatch, lie: Callable[[pb.ChunkRequest, pb.Reply], None]
+) -> None:
+    read = Exchange._read_chunk
+    liars: set[Exchange] = set()
+    lies = []
+
+    async def lying(self: Exchange, request: pb.ChunkRequest, reply: pb.Reply) -> None:
+        await read(self, request, reply)
+        if self in liars:
+            lies.append(request.digest)
+            lie(request, reply)
+
+    async def story(world: World) -> None:
+        monkeypatch.setattr(Exchange, "_read_chunk", lying)
+        await world.begin()
+        slot = await next_deep(world)
+        await world.until(lambda: any(has_heard(machine, slot) for machine in world.machines), 3, 0.001)
+        liars.update(life_of(machine).equipment.exchange for machine in inner(world, slot))  # type: ignore[union-attr]
+        await world.until(lambda: all(has_merged(machine, slot) for machine in world.machines), 3, 0.05)
+        assert lies, "nobody asked a liar"
+        liars.clear()
 
     tell(story, *[0] * SIZE)
