@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from braniac.node.clock import Clock
-from braniac.node.exchange import BlobUnavailable, Exchange
+from braniac.node.exchange import BlobNotThere, BlobUnavailable, Exchange
 from braniac.node.holders import Holders
 from braniac.node.metrics import Metrics
 from braniac.node.store import Store
@@ -22,19 +22,23 @@ from braniac.protocol.errors import Refusal
 from braniac.protocol.identity import PeerId, short_name
 
 _CHUNKS_AT_A_TIME = 4
-_GRACE_S = 5.0
+_GRACE_S_MAX = 5.0
 _SLOW_BYTES_PER_S = 1 << 14
 
 
 class Blobs:
     """Brings blobs from peers into the store."""
 
-    def __init__(self, store: Store, exchange: Exchange, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, exchange: Exchange, metrics: Metrics, clock: Clock, grace_s: float = _GRACE_S_MAX
+    ) -> None:
+        """`grace_s`: for so long a holder may be silent, if somebody else may have what is wanted."""
         self._store = store
         self._exchange = exchange
         self._metrics = metrics
         self._clock = clock
-        self._holders = Holders()
+        self._grace_s = min(_GRACE_S_MAX, grace_s)
+        self._holders = Holders(clock)
 
     async def fetch(
         self,
@@ -44,21 +48,26 @@ class Blobs:
         holders: Sequence[PeerId],
         kind: str = "blob",
         on_bytes: Callable[[int], None] = lambda count: None,
+        *,
+        patient: bool = False,
     ) -> None:
         """Bring a blob into the store, trying the holders in turn, the best first. Raises BlobUnavailable, DiskFull.
 
-        `kind` is what its bytes are counted as; `on_bytes` hears of each chunk how long it was.
+        `kind` is what its bytes are counted as; `on_bytes` hears of each chunk how long it was. `patient`: who does not
+        have it is about to, and will be asked once more, so that holders after it are left alone.
         """
         if self._store.size(digest) == size:
             return
         reasons = []
         others = self._holders.in_order(holder for holder in holders if holder != transport.peer_id)
         for number, holder in enumerate(others, 1):
-            patience_s = self._patience_s(size) if number < len(others) else float("inf")
+            patience_s = self._patience_s(size) if patient or number < len(others) else float("inf")
             try:
                 data = await self._pull(transport, holder, digest, size, patience_s, kind, on_bytes)
             except (Unreachable, BlobUnavailable) as error:
                 reasons.append(str(error))
+                if patient and isinstance(error, BlobNotThere):
+                    break
                 self._holders.failed(holder)
                 continue
             self._holders.delivered(holder)
@@ -71,7 +80,7 @@ class Blobs:
     def _patience_s(self, size: int) -> float:
         """How long one holder may take for so many bytes, if there is another one; for ever if this node is slow."""
         slow = self._exchange.throttle.download.rate
-        return float("inf") if slow else _GRACE_S + size / _SLOW_BYTES_PER_S
+        return float("inf") if slow else self._grace_s + size / _SLOW_BYTES_PER_S
 
     async def _pull(
         self,
@@ -95,11 +104,12 @@ class Blobs:
             nonlocal missing
             offset, end = begin, min(begin + limits.CHUNK_BYTES_MAX, size)
             while offset < end and not failures and not throttle.used_up:
-                if self._clock.monotonic() > deadline_s:
+                left_s = deadline_s - self._clock.monotonic()
+                if left_s <= 0:
                     raise BlobUnavailable(f"peer {short_name(holder)} is too slow")
                 length = min(end - offset, throttle.piece_bytes(throttle.download))
                 request = pb.ChunkRequest(digest=digest, offset=offset, length=length)
-                piece = await self._exchange.ask_chunk(transport, holder, request, size, kind)
+                piece = await self._exchange.ask_chunk(transport, holder, request, size, kind, left_s)
                 data[offset : offset + len(piece)] = piece
                 offset += len(piece)  # a holder with little bandwidth may give less than was asked for
                 missing -= len(piece)

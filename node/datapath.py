@@ -30,6 +30,7 @@ from braniac.protocol.messages import FragmentState
 log = structlog.get_logger(__name__)
 
 _DISK_RETRY_S = 1.0
+_GRACE_SLOTS = 0.5  # so long a peer that is asked for a blob may be silent, if somebody else may have it
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class DataPath:
         self._incarnation = incarnation
         self._joined = joined
         self._wake = wake
-        self._blobs = Blobs(node.store, node.exchange, node.metrics, node.clock)
+        self._blobs = Blobs(
+            node.store, node.exchange, node.metrics, node.clock, grace_s=engine.manifest.slot_s * _GRACE_SLOTS
+        )
         self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState | _Save] = asyncio.Queue()
         self._fetching: set[bytes] = set()
         self._bar: DownloadBar | None = None
@@ -242,7 +245,7 @@ class DataPath:
         try:
             with self._status.phase("fetch"):
                 transport = self._node.network.transport
-                await self._blobs.fetch(transport, wanted.digest, wanted.size, wanted.holders)
+                await self._blobs.fetch(transport, wanted.digest, wanted.size, wanted.holders, patient=wanted.patient)
         except (BlobUnavailable, DiskFull) as error:
             log.debug("could not fetch", reason=str(error))
             ok = False

@@ -36,6 +36,10 @@ class BlobUnavailable(NodeError):
     """A blob cannot be had, from one holder or from any."""
 
 
+class BlobNotThere(BlobUnavailable):
+    """A holder says that it has it not, or not yet."""
+
+
 class Exchange:
     """Answers peers' requests, and asks them."""
 
@@ -195,23 +199,33 @@ class Exchange:
         return reply.dial_back
 
     async def ask_chunk(
-        self, transport: Transport, holder: PeerId, chunk: pb.ChunkRequest, blob_bytes: int, kind: str
+        self,
+        transport: Transport,
+        holder: PeerId,
+        chunk: pb.ChunkRequest,
+        blob_bytes: int,
+        kind: str,
+        patience_s: float = float("inf"),
     ) -> bytes:
         """A piece of a blob of `blob_bytes` bytes, maybe less than asked for. Raises Unreachable, BlobUnavailable."""
-        reply = await self._call(transport, holder, pb.Request(chunk=chunk), kind)
+        reply = await self._call(transport, holder, pb.Request(chunk=chunk), kind, patience_s)
+        if reply.refusal == Refusal.NOT_READY:
+            raise BlobNotThere(f"peer {short_name(holder)} does not have it (not_ready)")
         few = len(reply.chunk) < min(chunk.length, limits.PIECE_BYTES_MIN)
         if reply.refusal or few or len(reply.chunk) > chunk.length or reply.blob_bytes != blob_bytes:
             raise BlobUnavailable(f"peer {short_name(holder)} does not have it ({_code(reply)})")
         return reply.chunk
 
-    async def _call(self, transport: Transport, peer: PeerId, request: pb.Request, kind: str) -> pb.Reply:
+    async def _call(
+        self, transport: Transport, peer: PeerId, request: pb.Request, kind: str, patience_s: float = float("inf")
+    ) -> pb.Reply:
         data = request.SerializeToString()
         async with self.throttle.asking(request.chunk.length) as got:
             await self.throttle.send(len(data))
             sent_at = self._clock.monotonic()
             self._count(sent=len(data), received=0, kind=kind)
             try:
-                answer = await transport.call(peer, data, timeout_s=self._timeout_s)
+                answer = await transport.call(peer, data, timeout_s=min(self._timeout_s, patience_s))
             except Unreachable as error:
                 got(0 if error.reason is Reason.UNDIALABLE else request.chunk.length)  # a late reply may have come
                 raise

@@ -18,6 +18,7 @@ from braniac.protocol.messages import Certificate, CertificateName
 from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Member, Roster
 from braniac.protocol.rounds import Rounds
+from braniac.protocol.sources import Sources
 
 
 class Certificates:
@@ -47,6 +48,7 @@ class Certificates:
         self._rounds = rounds
         self._outbox = outbox
         self._emit = emit
+        self._sources = Sources(manifest, me, roster, rounds)
         self._asked: dict[bytes, int] = {}
         self._settled: set[int] = set()
 
@@ -106,19 +108,12 @@ class Certificates:
         for share in verdict.shares:
             if member := self._roster.get(share.commitment.peer):
                 member.merged += 1
-        self._want(certificate, now_slot)
+        self._emit(self._sources.ask(certificate, now_slot))
 
     def want_updates(self, now_slot: int) -> None:
         """Ask once more for the updates that have not come."""
         for certificate in self._history.missing_updates():
-            self._want(certificate, now_slot)
-
-    def _want(self, certificate: Certificate, now_slot: int) -> None:
-        verdict = certificate.verdict
-        signers = [peer for peer, _ in certificate.signatures if peer != verdict.owner]
-        others = [m.peer for m in self._roster.live(now_slot) if certificate.name in m.recent]
-        holders = tuple(dict.fromkeys([verdict.owner, *others, *signers]))
-        self._emit(events.BlobWanted(verdict.update_digest, verdict.update_bytes, holders))
+            self._emit(self._sources.ask(certificate, now_slot))
 
     def update_arrived(self, digest: bytes) -> None:
         """An update is here: apply what waits for it, and take back what it holds of this peer's own work."""
@@ -146,3 +141,4 @@ class Certificates:
         """Let go of what is beyond the horizon."""
         self._settled = {s for s in self._settled if s > now_slot - self._history.horizon}
         self._asked = {digest: s for digest, s in self._asked.items() if s >= now_slot - 1}
+        self._sources.forget(self._history.missing_updates())

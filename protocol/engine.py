@@ -154,7 +154,7 @@ class Engine:
             self._begin_slot(max(self._slot + 1, present - 1))
         self._rounds.close_due(now)
         if now >= self._repeat_at:
-            self._repeat_at = now + self.manifest.slot_s / 4
+            self._repeat_at = now + self.manifest.slot_s / limits.REPEATS_PER_SLOT
             self._repeat()
 
     def introduce(self, peer: PeerId) -> None:

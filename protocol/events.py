@@ -33,6 +33,8 @@ class BlobWanted:
     size: int
     holders: tuple[PeerId, ...]
     """Who should have it, best first; a holder may be this peer itself."""
+    patient: bool = False
+    """Who has it not will have it soon, and is asked once more later: until then nobody that is named after it."""
 
 
 @dataclass(frozen=True)

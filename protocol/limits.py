@@ -53,4 +53,6 @@ PROPOSAL_OPEN_SLOTS = 2  # a slot without a certificate this long after its end 
 ELIGIBLE_SLOTS = 2  # a peer sits in committees this long after it said it was ready, so that all know it
 SIGNING_AHEAD_SLOTS = 2  # a peer notes durably that it may sign so far ahead: what a restart costs it in seats
 HISTORY_WINDOWS = 4  # certificates are kept, served and accepted this many windows back
+REPEATS_PER_SLOT = 4  # how often what may have been lost is said again
+UPDATE_PATIENCE_REPEATS = 12  # how often, at most, an update is asked only of those above in the tree
 CLOSE_FRACTION = 1.0  # of a slot: the owner merges what it has at this point; sooner if all expected are in

@@ -104,7 +104,7 @@ class Rounds:
 
     def _check_contribution(self, commitment: Commitment) -> None:
         """Might its peer make it, and is it no larger than it may be? Raises WireError."""
-        tier = self._tier_of(commitment.peer)
+        tier = self.tier_of(commitment.peer)
         if tier is None or not self._manifest.holds(tier, commitment.fragment):
             raise WireError(Refusal.UNKNOWN_PEER, "a contribution of a peer that does not hold the fragment")
         if commitment.payload_bytes > self._manifest.contribution_bytes_max(commitment.fragment):
@@ -198,8 +198,9 @@ class Rounds:
         if current.voted is not None or not self._checking.looks_at(verdict):
             return self._vote(current)
         for commitment in current.missing():
-            # The owner must have it; the contributor might keep it from the seats, to stop the slot.
-            holders = tuple(dict.fromkeys((verdict.owner, commitment.peer)))
+            # A contributor might keep it from the seats, to stop the slot, but the owner must have it. The owner comes
+            # second, or it would have to send all that it has pulled once more to every seat.
+            holders = tuple(dict.fromkeys((commitment.peer, verdict.owner)))
             self._emit(events.BlobWanted(commitment.payload_digest, commitment.payload_bytes, holders))
         self._recompute(current)
 
@@ -255,9 +256,9 @@ class Rounds:
                     self._send(peer, messages.Proposal(current.verdict))
 
     def _committee(self, slot: int) -> tuple[PeerId, ...]:
-        return seats.committee(self._manifest.run_id, slot, self._candidates(slot))
+        return seats.committee(self._manifest.run_id, slot, self.candidates(slot))
 
-    def _candidates(self, slot: int) -> list[PeerId]:
+    def candidates(self, slot: int) -> list[PeerId]:
         """Who may have a seat: those that can be dialled. Only if there is nobody like that, all the others."""
         eligible = {member.peer: member.dialable(slot) for member in self._roster.eligible(slot)}
         if 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS and slot > self._silent_slot:
@@ -275,7 +276,7 @@ class Rounds:
         rivals |= {p for p in signers if p in banned and abs(slot - banned[p].slot) <= self._manifest.window}
         if self._me in signers or dialable(self.unreachable_slot, slot):
             rivals.add(self._me)
-        ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(self._candidates(slot)))
+        ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(self.candidates(slot)))
         enough_seats = len(verdict.committee) >= len(self._committee(slot))
         return enough_seats and signers <= set(ranked[: limits.CERTIFICATE_RANK_MAX])
 
@@ -290,7 +291,8 @@ class Rounds:
             self._rounds[slot] = SlotRound(self._manifest.run_id, slot, fragment, committee, self._me, places)
         return self._rounds[slot]
 
-    def _tier_of(self, peer: PeerId) -> int | None:
+    def tier_of(self, peer: PeerId) -> int | None:
+        """None if it is not known."""
         if peer == self._me:
             return self._tier
         member = self._roster.get(peer)

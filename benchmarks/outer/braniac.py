@@ -6,11 +6,13 @@ merged update. Scripts about trouble (what hostile or absent peers cost) overrid
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from braniac.model.evaluate import held_out_loss
@@ -19,9 +21,10 @@ from braniac.model.gpt import GPT
 from braniac.model.sources import Corpus
 from braniac.model.tiers import tier_width
 from braniac.node import bridge
-from braniac.protocol import codec, committee, ledger
+from braniac.protocol import codec, committee, ledger, limits, tree
 from braniac.protocol.codec import Sparse, TileLayout
 from braniac.protocol.errors import Refusal
+from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, Merged, merge
 from outer.swarm import Peer, Plan, Swarm, identity
@@ -40,10 +43,11 @@ class Offer:
 class Braniac(Swarm):
     """The swarm. In slot s fragment s mod P is due, and training never waits.
 
-    Sent: payloads as encoded, to the slot's owner, and the encoded update from the owner to each holder of the
-    fragment, which is whom nodes ask first. A peer that drops out offers nothing to the slot and keeps its work; it has
-    the update as soon as the others. Subclasses override `train`, `offers`, `deliver`, `settle`
-    and `change`.
+    Sent: payloads as encoded, to all seats of the slot's committee, and the encoded update, which the seats have, down
+    the tree to all who hold the fragment. A peer asks its parent with the certificate and then once in a quarter of a
+    slot, as nodes do. A peer that drops out offers nothing to the slot and keeps its work; it has the update as soon as
+    the others. The weights of all change at once. Subclasses override `train`, `offers`, `deliver`,
+    `settle` and `change`.
     """
 
     def __init__(self, plan: Plan, corpus: Corpus) -> None:
@@ -72,16 +76,35 @@ class Braniac(Swarm):
 
     def _count(self, slot: int, delivered: Sequence[Contribution], merged: Merged | None) -> None:
         numbers = {peer.id: peer.number for peer in self.peers}
-        owner_id = committee.committee(self.manifest.run_id, slot, numbers)[0]
-        step, owner = self.now(slot), numbers[owner_id]
+        seats = committee.committee(self.manifest.run_id, slot, numbers)
+        step = self.now(slot)
         for contribution in delivered:
             sender = numbers.get(contribution.peer)
-            if sender is not None and sender != owner:
-                self.books.send(step, sender, owner, len(contribution.payload))
+            for seat in seats:
+                if sender is not None and seat != contribution.peer:
+                    self.books.send(step, sender, numbers[seat], len(contribution.payload))
         if merged is not None:
-            for peer in self.holders(self.fragments[self.manifest.fragment_of(slot)]):
-                if peer.number != owner:
-                    self.books.send(step, owner, peer.number, len(merged.update))
+            steps_per_slot = self.plan.steps / self.slots_per_window
+            for parent, child, late_slots in self.ways(slot, seats):
+                due = min(self.plan.total_steps - 1, step + int(late_slots * steps_per_slot))
+                self.books.send(due, numbers[parent], numbers[child], len(merged.update))
+
+    def ways(self, slot: int, seats: Sequence[PeerId]) -> Iterator[tuple[PeerId, PeerId, float]]:
+        """Who sends the update of a slot to whom, and how many slots after the certificate."""
+        holders = {peer.id: peer for peer in self.holders(self.fragments[self.manifest.fragment_of(slot)])}
+        above = {me: tree.ancestors(self.manifest.run_id, slot, seats, holders, me) for me in holders}
+        has_it = dict.fromkeys(seats, 0.0)
+        for me in sorted(above, key=lambda me: len(above[me])):
+            if me not in seats:
+                parent = above[me][0]
+                has_it[me] = self._asks(holders[me], has_it[parent])
+                yield parent, me, has_it[me]
+
+    def _asks(self, peer: Peer, since: float) -> float:
+        """When a peer asks first from then on, in slots after the certificate: with it, and whenever it repeats."""
+        phase = np.random.default_rng((self.plan.seed, peer.number)).random()
+        repeats = math.ceil(since * limits.REPEATS_PER_SLOT - phase)
+        return (phase + repeats) / limits.REPEATS_PER_SLOT if since else 0.0
 
     def offers(self, slot: int) -> dict[int, Offer]:
         """What each peer offers that holds the fragment and does not drop out, by number of peer."""

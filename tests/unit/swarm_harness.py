@@ -15,6 +15,7 @@ import hashlib
 import heapq
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -130,6 +131,8 @@ class Peer:
         self.states: dict[int, FragmentState] = {}
         self.books: dict[int, Books] = {}
         self.blobs: dict[bytes, bytes] = {}
+        self.served: Counter[bytes] = Counter()
+        """How often it has sent each blob."""
         self.fetching: set[bytes] = set()
         self.disk: Disk | None = None
         self.settled: dict[int, events.SlotSettled] = {}
@@ -351,7 +354,7 @@ class Peer:
 
         def arrive() -> None:
             self.fetching.discard(wanted.digest)
-            data = self._pull(wanted.digest, wanted.holders)
+            data = self._pull(wanted.digest, wanted.holders, patient=wanted.patient)
             ok = data is not None and len(data) == wanted.size
             if ok and data is not None:
                 self._put(data)
@@ -359,14 +362,17 @@ class Peer:
 
         self.swarm.later(self, self.swarm.rng.uniform(*self.swarm.latency_s), arrive)
 
-    def _pull(self, digest: bytes, holders: Iterable[PeerId]) -> bytes | None:
-        """The blob from the first holder that can be reached both ways and has it."""
+    def _pull(self, digest: bytes, holders: Iterable[PeerId], *, patient: bool = False) -> bytes | None:
+        """The blob from the first holder that can be reached both ways and has it; see BlobWanted for `patient`."""
         for holder in map(self.swarm.by_id.get, holders):
             if holder is None or not holder.awake or not self.swarm.linked(holder, self):
                 continue
             data = holder.blobs.get(digest)
             if data is not None and hashlib.sha256(data).digest() == digest:
+                holder.served[digest] += 1
                 return data
+            if data is None and patient:
+                return None
         return None
 
     def _merge(self, due: events.MergeDue) -> None:

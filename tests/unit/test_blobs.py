@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from braniac.node.blobs import Blobs
+from braniac.node.clock import FakeClock
 from braniac.node.exchange import BlobUnavailable
 from braniac.node.holders import Holders
 from braniac.protocol import limits
@@ -130,6 +133,54 @@ async def test_a_holder_of_garbage_is_counted(nodes: Nodes) -> None:
     assert asker.refused(Refusal.MALFORMED) == 1
 
 
+# --- holders that are to have it soon --------------------------------------------------------------------------------
+
+
+async def test_who_is_to_have_it_soon_is_waited_for(nodes: Nodes) -> None:
+    asker, holder = await nodes.pair()
+    parent = nodes.make(2)
+    parent.take_part()
+    await parent.serve()
+    digest = holder.store.put(b"wanted")
+    holders = [parent.peer, holder.peer]
+    for _ in range(3):
+        with pytest.raises(BlobUnavailable, match="not_ready"):
+            await asker.blobs.fetch(asker.transport, digest, 6, holders, patient=True)
+    assert not holder.transport.traffic.answers
+    parent.store.put(b"wanted")
+    await asker.blobs.fetch(asker.transport, digest, 6, holders, patient=True)
+    assert asker.store.get(digest) == b"wanted"
+    assert not holder.transport.traffic.answers, "that it had to be waited for is not held against the parent"
+
+
+async def test_who_cannot_give_it_is_not_waited_for(nodes: Nodes) -> None:
+    """Neither one that is not there, nor one that is silent, nor one that lies."""
+    asker, holder = await nodes.pair()
+    silent, liar = nodes.make(2), nodes.make(3)
+    await silent.serve()
+    nodes.network.suspend(silent.peer)
+    await liar.lie(b"wanted", _other_bytes)
+    digest = holder.store.put(b"wanted")
+    holders = [identity(9).peer_id, silent.peer, liar.peer, holder.peer]
+    await asker.blobs.fetch(asker.transport, digest, 6, holders, patient=True)
+    assert asker.store.get(digest) == b"wanted"
+
+
+@pytest.mark.parametrize("patient", [False, True])
+async def test_a_silent_holder_is_not_waited_for_longer_than_the_grace(nodes: Nodes, patient: bool) -> None:
+    """Unless nobody else is going to be asked."""
+    asker = await nodes.asker()
+    asker.blobs = Blobs(asker.store, asker.exchange, asker.metrics, asker.clock, grace_s=0.25)
+    silent, last = nodes.make(2), nodes.make(3)
+    for node in (silent, last):
+        await node.serve()
+        nodes.network.suspend(node.peer)
+    with pytest.raises(BlobUnavailable) as caught:
+        await asker.blobs.fetch(asker.transport, bytes(32), 1 << 14, [silent.peer, last.peer], patient=patient)
+    waits_s = [float(wait) for wait in re.findall(r"no answer in (\S+) s", str(caught.value))]
+    assert waits_s == pytest.approx([1.25, 1.25 if patient else 30.0])
+
+
 # --- slow holders ----------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +222,7 @@ async def test_a_slow_holder_is_better_than_none(nodes: Nodes) -> None:
 
 def test_faults_are_forgiven_when_a_holder_delivers() -> None:
     a, b, c = (identity(n).peer_id for n in range(3))
-    holders = Holders()
+    holders = Holders(FakeClock())
     assert holders.in_order([c, a, b]) == [c, a, b]
     for _ in range(3):
         holders.failed(c)
@@ -182,3 +233,14 @@ def test_faults_are_forgiven_when_a_holder_delivers() -> None:
     for _ in range(2):
         holders.delivered(c)
     assert holders.in_order([c, a, b]) == [c, a, b]
+
+
+def test_faults_of_long_ago_are_forgiven() -> None:
+    """Who is asked last never gets a chance to deliver, and must be somebody's first again some day."""
+    clock, (a, b) = FakeClock(), (identity(n).peer_id for n in range(2))
+    holders = Holders(clock)
+    holders.failed(a)
+    clock.advance(500)
+    assert holders.in_order([a, b]) == [b, a]
+    clock.advance(500)
+    assert holders.in_order([a, b]) == [a, b]

@@ -5,6 +5,7 @@ Peers do not train here: they are moved by, or have gradients of, vectors drawn 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -21,8 +22,9 @@ from braniac.model.data import Batches
 from braniac.model.errors import ConfigError
 from braniac.model.sources import Corpus
 from braniac.model.trainer import Trainer, TrainSettings
-from braniac.protocol import limits
+from braniac.protocol import committee, limits
 from braniac.protocol.codec import CodecRules
+from braniac.protocol.merge import Merged
 from outer.books import Books
 from outer.braniac import Braniac
 from outer.compress import dct_matrix, float4, quantise, top_k, transform
@@ -347,24 +349,49 @@ def test_bytes_are_those_of_the_formula(corpus: Corpus, method: str) -> None:
     assert swarm.loss() > 0
 
 
-def test_braniacs_bytes_are_its_payloads_and_the_owners_updates(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("peers", [3, 8])
+def test_braniacs_bytes_are_its_payloads_and_its_updates(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, peers: int
 ) -> None:
-    swarm = Braniac(PLAN, corpus)
+    """Payloads go to all seats, and updates to all that have no seat."""
+    plan = replace(PLAN, tiers=(0,) * peers)
+    swarm = Braniac(plan, corpus)
     payloads: list[int] = []
-    deliver = swarm.deliver
+    updates: list[int] = []
+    deliver, settle = swarm.deliver, swarm._settle
 
     def noting(slot: int, offers: Any) -> Any:
         found = deliver(slot, offers)
         payloads.extend(len(contribution.payload) for contribution in found)
         return found
 
+    def noting_update(slot: int, merged: Merged, offers: Any) -> None:
+        updates.append(len(merged.update))
+        settle(slot, merged, offers)
+
     monkeypatch.setattr(swarm, "deliver", noting)
+    monkeypatch.setattr(swarm, "_settle", noting_update)
     swarm.run()
-    assert len(payloads) == 3 * PLAN.windows * PLAN.fragments
-    # All payloads but the owners' own travel once, and each update twice: to the two others.
-    assert 0 < swarm.books.uplink.sum() - 2 / 3 * sum(payloads) < 3 * sum(payloads)
+    assert len(payloads) == peers * PLAN.windows * PLAN.fragments
+    # Three seats get every payload but their own.
+    sent = swarm.books.uplink.sum() - (peers - 3) * sum(updates)
+    assert sent == pytest.approx((3 - 3 / peers) * sum(payloads), rel=0.01)
     assert swarm.books.uplink.sum() == swarm.books.downlink.sum()
+
+
+def test_no_peer_of_braniac_sends_an_update_more_than_twice(corpus: Corpus) -> None:
+    """And it goes to whoever is below only when whoever is above has it."""
+    swarm = Braniac(replace(PLAN, tiers=(0,) * 12), corpus)
+    for slot in range(8):
+        seats = committee.committee(swarm.manifest.run_id, slot, [peer.id for peer in swarm.peers])
+        has_it = dict.fromkeys(seats, 0.0)
+        parents = Counter[bytes]()
+        for parent, child, late_slots in swarm.ways(slot, seats):
+            assert has_it[parent] <= late_slots < has_it[parent] + 1.001 / limits.REPEATS_PER_SLOT
+            has_it[child] = late_slots
+            parents[parent] += 1
+        assert has_it.keys() == {peer.id for peer in swarm.peers}
+        assert max(parents.values()) <= 2
     assert swarm.books.largest_message < 4 * 4096  # a fragment of four tiles, well below a byte per value
 
 

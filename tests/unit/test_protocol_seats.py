@@ -132,10 +132,10 @@ def deny_payloads(seat: Peer, slot: int) -> None:
     """Nobody gives this peer what was offered for the slot."""
     pull = seat._pull
 
-    def denied(digest: bytes, holders: Iterable[PeerId]) -> bytes | None:
+    def denied(digest: bytes, holders: Iterable[PeerId], *, patient: bool = False) -> bytes | None:
         if digest in {peer.offered.get(slot) for peer in seat.swarm.peers}:
             return None
-        return pull(digest, holders)
+        return pull(digest, holders, patient=patient)
 
     seat._pull = denied  # type: ignore[method-assign]
 
