@@ -1,0 +1,158 @@
+"""Many phones, coming and going, and what became of their slots."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+from braniac.protocol import committee, events, wire
+from braniac.protocol.history import History
+from braniac.protocol.identity import PeerId
+from braniac.protocol.manifest import Manifest
+from braniac.protocol.messages import Certificate, FragmentState, Heartbeat, Opened, Verdict
+from phones.links import REPLY_BYTES, Time
+from phones.peer import Phone
+from phones.run import Sizes
+
+AGE_WINDOWS = 6  # of the run when the simulation begins
+BOOTSTRAP_PEERS = 4  # that a newcomer knows
+TREE_ARITY = 2
+
+
+class Swarm:
+    """A swarm that has run for long: everybody knows everybody, holds everything and has all certificates."""
+
+    def __init__(
+        self, manifest: Manifest, sizes: Sizes, peers: int, *, churn_per_h: float, tree: bool, seed: int
+    ) -> None:
+        """`churn_per_h`: share of the peers that vanish per hour, each followed by a newcomer. `tree`: see `order`."""
+        self.manifest = manifest
+        self.sizes = sizes
+        self.tree = tree
+        self.rng = random.Random(seed)
+        self.first_slot = AGE_WINDOWS * manifest.window
+        self.time = Time(manifest.slot_start(self.first_slot) - 0.5 * manifest.slot_s)
+        self.kinds: dict[bytes, str] = {}
+        """Digest of a blob -> what it is."""
+        self.names: Counter[str] = Counter()
+        """Messages by kind."""
+        self.departures = 0
+        self._open = functools.lru_cache(maxsize=1 << 16)(wire.open_envelope)  # many receive the same bytes
+        self._trees: dict[int, list[PeerId]] = {}
+        self._lifetime_s = 3600 / churn_per_h / peers if churn_per_h else float("inf")
+        self.phones: list[Phone] = []
+        self.by_id: dict[PeerId, Phone] = {}
+        past = _past(manifest)
+        for _ in range(peers):
+            self._add(_history(manifest, past))
+        self._acquaint()
+
+    def _add(self, history: History) -> Phone:
+        phone = Phone(self, len(self.phones), history)
+        self.phones.append(phone)
+        self.by_id[phone.id] = phone
+        return phone
+
+    def _acquaint(self) -> None:
+        slot = self.manifest.slot_at(self.time.now)
+        for phone in self.phones:
+            for fragment, last in phone.engine.history.last.items():
+                phone.engine.anchor_known(FragmentState(fragment, last, bytes([fragment % 256]) * 32))
+        states = tuple(self.phones[0].engine.anchors().values())
+        recent = self.phones[0].engine.history.recent(slot)
+        for phone in self.phones:
+            heartbeat = Heartbeat(slot, 0, slot - self.manifest.window, phone.engine.addresses, recent, states)
+            for other in self.phones:
+                if other is not phone:
+                    other.engine.roster.hear(phone.id, heartbeat, slot, 0)
+        for phone in self.phones:
+            phone.engine.set_ready()
+            phone.ready_s = self.time.now
+            self.time.later(self.rng.uniform(0, self.manifest.slot_s / 4), phone.pump)
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def run(self, slots: int) -> None:
+        wire.open_envelope = self._open
+        self._next_departure()
+        self.time.run_until(self.manifest.slot_start(self.first_slot + slots))
+
+    @property
+    def alive(self) -> list[Phone]:
+        return [phone for phone in self.phones if phone.alive]
+
+    def _next_departure(self) -> None:
+        if self._lifetime_s < float("inf"):
+            self.time.later(self.rng.expovariate(1 / self._lifetime_s), self._depart)
+
+    def _depart(self) -> None:
+        """One vanishes without a word; another one, who has nothing, takes its place."""
+        known = self.alive
+        self.rng.choice(known).alive = False
+        self.departures += 1
+        newcomer = self._add(History(self.manifest))
+        for phone in self.rng.sample(known, min(BOOTSTRAP_PEERS, len(known))):
+            newcomer.engine.introduce(phone.id)
+        newcomer.pump()
+        self._next_departure()
+
+    # --- network -----------------------------------------------------------------------------------------------------
+
+    def deliver(self, source: Phone, peer: PeerId, data: bytes) -> None:
+        """A message, and the empty reply to it."""
+        target = self.by_id.get(peer)
+        if target is None:
+            return
+        opened: Opened = self._open(data, self.manifest.run_id)
+        kind = type(opened.message).__name__
+        self.names[kind] += 1
+
+        def arrive() -> None:
+            if target.alive:
+                target.link.sent[kind] += REPLY_BYTES
+                source.link.received[kind] += REPLY_BYTES
+                target.receive(data)
+
+        source.link.send(target.link, len(data) + 4, kind, arrive)
+
+    def order(self, phone: Phone, wanted: events.BlobWanted) -> Sequence[PeerId]:
+        """Whom to ask for an update: the owner first, or with `tree` whoever stands above in a tree below the owner."""
+        owner = wanted.holders[0]
+        if not self.tree:
+            return wanted.holders
+        slot = self.manifest.slot_at(self.time.now)
+        if slot not in self._trees:
+            self._trees[slot] = committee.ranking(self.manifest.run_id, slot, [p.id for p in self.alive])
+        ranked = [owner, *(peer for peer in self._trees[slot] if peer != owner)]
+        place = ranked.index(phone.id) if phone.id in ranked else len(ranked)
+        above = []
+        while place:
+            place = (place - 1) // TREE_ARITY
+            above.append(ranked[place])
+        return above
+
+
+def _past(manifest: Manifest) -> list[Certificate]:
+    """Certificates of the windows before the simulation begins; only their names matter."""
+    first = AGE_WINDOWS * manifest.window
+    horizon = History(manifest).horizon
+    certificates = []
+    for slot in range(first - horizon, first - 1):
+        fragment = manifest.fragment_of(slot)
+        certificates.append(Certificate(Verdict(slot, fragment, (), (), bytes(32), 1, (), b"%d" % slot), ()))
+    return certificates
+
+
+def _history(manifest: Manifest, past: list[Certificate]) -> History:
+    history = History(manifest)
+    history.begin(range(manifest.window))
+    for certificate in past:
+        slot = certificate.verdict.slot
+        history.accept(certificate, slot)
+        entry = history.entry(slot)
+        assert entry is not None
+        entry.handed = True
+        history.confirm(certificate, None, undo=False)
+    return history
