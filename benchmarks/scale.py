@@ -23,7 +23,7 @@ from phones.swarm import Swarm
 
 _QUICK_SLOTS = 8
 _SLOTS = {8: 240, 64: 60, 512: 24, 4096: 12}
-_SETTLING_SLOTS = 3  # at both ends: nobody may sit in a committee yet, or certificates may still be on their way
+_SETTLING_SLOTS = 3  # at both ends: peers get acquainted, and certificates may still be on their way
 
 
 def measure(peers: int, slots: int, churn_per_h: float, tree: bool, seed: int) -> dict[str, Any]:
@@ -31,8 +31,9 @@ def measure(peers: int, slots: int, churn_per_h: float, tree: bool, seed: int) -
     started_s = time.process_time()
     manifest, sizes = make_run()
     swarm = Swarm(manifest, sizes, peers, churn_per_h=churn_per_h, tree=tree, seed=seed)
-    swarm.run(slots)
-    judged = range(swarm.first_slot + _SETTLING_SLOTS, swarm.first_slot + slots - _SETTLING_SLOTS)
+    swarm.run(slots, _SETTLING_SLOTS)
+    first = swarm.first_slot + _SETTLING_SLOTS
+    judged = range(first, first + slots - _SETTLING_SLOTS)
     window_share = slots / manifest.window
     sent, received = Counter[str](), Counter[str]()
     for phone in swarm.phones:
@@ -42,7 +43,7 @@ def measure(peers: int, slots: int, churn_per_h: float, tree: bool, seed: int) -
     flow = {kind: sent[kind] / peers / window_share for kind in sent}
     times = [t for t in (_latencies(swarm, slot) for slot in judged) if t]
     late = sorted(second for each in times for second in each)
-    voters = [phone for phone in swarm.alive if phone.joined_s <= manifest.slot_start(swarm.first_slot)]
+    voters = [phone for phone in swarm.alive if phone.joined_s <= manifest.slot_start(first)]
     certified = sum(_certified(swarm, slot) for slot in judged)
     joins = [p.ready_s - p.joined_s for p in swarm.phones[peers:] if p.ready_s is not None]
     return {

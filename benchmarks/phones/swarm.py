@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from unittest import mock
 
-from braniac.protocol import committee, events, wire
+from braniac.protocol import committee, events, limits, statements, wire
+from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
-from braniac.protocol.messages import Certificate, FragmentState, Heartbeat, Opened, Verdict
+from braniac.protocol.messages import Certificate, FragmentState, Heartbeat, Opened, Presence, Verdict
 from phones.links import REPLY_BYTES, Time
 from phones.peer import Phone
 from phones.run import Sizes
@@ -39,6 +41,7 @@ class Swarm:
         self.names: Counter[str] = Counter()
         """Messages by kind."""
         self.departures = 0
+        self._presence_in = _shared(statements.presence_in)
         self._open = functools.lru_cache(maxsize=1 << 16)(wire.open_envelope)  # many receive the same bytes
         self._trees: dict[int, list[PeerId]] = {}
         self._lifetime_s = 3600 / churn_per_h / peers if churn_per_h else float("inf")
@@ -56,28 +59,61 @@ class Swarm:
         return phone
 
     def _acquaint(self) -> None:
+        """Everybody has heard everybody: in a large swarm each at another time."""
         slot = self.manifest.slot_at(self.time.now)
         for phone in self.phones:
             for fragment, last in phone.engine.history.last.items():
                 phone.engine.anchor_known(FragmentState(fragment, last, bytes([fragment % 256]) * 32))
-        states = tuple(self.phones[0].engine.anchors().values())
-        recent = self.phones[0].engine.history.recent(slot)
-        for phone in self.phones:
-            heartbeat = Heartbeat(slot, 0, slot - self.manifest.window, phone.engine.addresses, recent, states)
-            for other in self.phones:
-                if other is not phone:
+        if len(self.phones) - 1 <= limits.GREETED_PEERS_MAX:
+            states = tuple(self.phones[0].engine.anchors().values())
+            recent = self.phones[0].engine.history.recent(slot)
+            for phone in self.phones:
+                ready_slot = slot - self.manifest.window
+                heartbeat = Heartbeat(slot, 0, ready_slot, phone.engine.addresses, recent, states)
+                for other in self._others(phone):
                     other.engine.roster.hear(phone.id, heartbeat, slot, 0)
+        else:
+            for phone in self.phones:
+                presence = self._presence(phone, slot - self.rng.randrange(limits.PRESENCE_SLOTS // 2))
+                phone.engine._rounds.said = presence
+                for other in self._others(phone):
+                    other.engine.roster.hear_of(presence, slot)
         for phone in self.phones:
-            phone.engine.set_ready()
+            phone.engine._rounds.ready_slot = slot - self.manifest.window
             phone.ready_s = self.time.now
             self.time.later(self.rng.uniform(0, self.manifest.slot_s / 4), phone.pump)
 
+    def _others(self, phone: Phone) -> list[Phone]:
+        return [other for other in self.phones if other is not phone]
+
+    def _presence(self, phone: Phone, slot: int) -> Presence:
+        return statements.make_presence(
+            phone.identity,
+            self.manifest.run_id,
+            1 << 32,
+            slot=slot,
+            tier=0,
+            ready_slot=slot - self.manifest.window,
+            unreachable_slot=0,
+            every=limits.PRESENCE_SLOTS,
+            gone=False,
+            addresses=phone.engine.addresses,
+        )
+
     # --- time --------------------------------------------------------------------------------------------------------
 
-    def run(self, slots: int) -> None:
-        wire.open_envelope = self._open
-        self._next_departure()
-        self.time.run_until(self.manifest.slot_start(self.first_slot + slots))
+    def run(self, slots: int, settling_slots: int) -> None:
+        """Let the swarm settle, then count what it sends for `slots`."""
+        with (
+            mock.patch.object(wire, "open_envelope", self._open),
+            mock.patch.object(statements, "presence_in", self._presence_in),
+        ):
+            self.time.run_until(self.manifest.slot_start(self.first_slot + settling_slots))
+            for phone in self.phones:
+                phone.link.sent.clear()
+                phone.link.received.clear()
+            self._next_departure()
+            self.time.run_until(self.manifest.slot_start(self.first_slot + settling_slots + slots))
 
     @property
     def alive(self) -> list[Phone]:
@@ -132,6 +168,20 @@ class Swarm:
             place = (place - 1) // TREE_ARITY
             above.append(ranked[place])
         return above
+
+
+def _shared(
+    presence_in: Callable[[pb.SignedPresence, bytes], Presence],
+) -> Callable[[pb.SignedPresence, bytes], Presence]:
+    """What thousands of peers verify is verified once: it depends on nothing but its bytes."""
+    known: dict[bytes, Presence] = {}
+
+    def look_up(signed: pb.SignedPresence, run_id: bytes) -> Presence:
+        if (found := known.get(signed.signature)) is None:
+            found = known[signed.signature] = presence_in(signed, run_id)
+        return found
+
+    return look_up
 
 
 def _past(manifest: Manifest) -> list[Certificate]:
