@@ -40,9 +40,8 @@ class Greetings:
 
     def look_for_members(self, slot: int) -> None:
         """After a silence of this peer's own: whoever was there is greeted again with the next repeats."""
-        for member in self._roster:
-            if not member.gone:
-                self._unanswered.setdefault(member.peer, slot)
+        for member in self._roster.last_heard(limits.LOOKED_FOR_PEERS_MAX):
+            self._unanswered.setdefault(member.peer, slot)
 
     def repeat(self, slot: int) -> None:
         """Greet once more whoever has not answered."""

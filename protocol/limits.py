@@ -25,6 +25,7 @@ MAGNITUDE_BITS_MAX = 4
 COMMITTEE_SIZE = 3
 ROSTER_PEERS_MAX = 4096
 GREETED_PEERS_MAX = 32  # with more live peers than these, heartbeats go to neighbours only and presence is gossip
+LOOKED_FOR_PEERS_MAX = 128  # a peer that was away tries so many of those that it knew, the last heard first
 NEIGHBOURS = 16  # that a peer of a large swarm sends heartbeats to
 GOSSIP_PEERS = 6  # of the neighbours, that are told of new presences; others each time
 CERTIFICATE_PEERS = 4  # of the neighbours, that a certificate is passed on to; who gets none asks for it

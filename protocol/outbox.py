@@ -39,8 +39,8 @@ class Outbox:
         if (neighbours := self._roster.neighbours) is not None:
             return self.send_all(neighbours, message)
         age = limits.ROSTER_FORGET_SLOTS if slot % _TRIED_ALWAYS_SLOTS == 0 else _TRIED_ALWAYS_SLOTS
-        audience = [m.peer for m in self._roster if not m.gone and m.heard_slot > slot - age]
-        self.send_all(audience, message)
+        known = self._roster.last_heard(limits.LOOKED_FOR_PEERS_MAX)
+        self.send_all([member.peer for member in known if member.heard_slot > slot - age], message)
 
     def send_all(self, peers: Collection[PeerId], message: Message) -> None:
         """The same bytes to several peers."""

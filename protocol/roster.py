@@ -6,6 +6,7 @@ from when they arrived, so peers that heard the same heartbeats agree on the com
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -249,6 +250,11 @@ class Roster:
 
     def live(self, slot: int) -> list[Member]:
         return [member for member in self if member.live(slot)]
+
+    def last_heard(self, count: int) -> list[Member]:
+        """So many of those that did not say goodbye."""
+        known = [member for member in self if not member.gone]
+        return known if len(known) <= count else heapq.nlargest(count, known, key=lambda m: m.heard_slot)
 
     def some_neighbours(self, count: int, first: int) -> list[PeerId]:
         """So many of the neighbours, others for another `first`; nobody where heartbeats go to all."""

@@ -76,8 +76,10 @@ class Swarm:
             for phone in self.phones:
                 presence = self._presence(phone, slot - self.rng.randrange(limits.PRESENCE_SLOTS // 2))
                 phone.engine._rounds.said = presence
+                greeting = Heartbeat(slot, 0, presence.ready_slot, presence.addresses, every=presence.every)
                 for other in self._others(phone):
                     other.engine.roster.hear_of(presence, slot)
+                    other.engine.roster.hear(phone.id, greeting, slot, presence.sequence + 1)
         for phone in self.phones:
             phone.engine._rounds.ready_slot = slot - self.manifest.window
             phone.ready_s = self.time.now

@@ -131,6 +131,15 @@ def test_a_banned_peer_is_not_heard_of() -> None:
     assert roster.hear_of(presence(), 10) == (None, False)
 
 
+def test_who_was_away_tries_those_heard_last() -> None:
+    roster = Roster()
+    for number in range(1, 9):
+        roster.hear_of(presence(number, slot=10 + number), 20)
+    roster.hear_of(presence(8, sequence=2, slot=19, gone=True), 20)
+    assert {m.peer for m in roster.last_heard(3)} == {identity(number).peer_id for number in (5, 6, 7)}
+    assert len(roster.last_heard(100)) == 7
+
+
 # --- lots -------------------------------------------------------------------------------------------------------------
 
 
