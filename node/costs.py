@@ -2,7 +2,8 @@
 
 Traffic follows from what a node does per slot. It sends one payload and gets one update of each fragment that it
 holds, and as owner of every n-th slot it takes in the others' payloads; once a slot it greets each of the n - 1 others.
-Payloads are counted as full: a run whose updates overlap, or whose slots fail, sends less.
+Payloads are counted as full: a run whose updates overlap, or whose slots fail, sends less. In a large swarm a node
+greets its neighbours only, contributes when the lot falls on it, and passes on certificates and presences.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from braniac.model.config import ModelConfig
 from braniac.model.tiers import table_parameters
 from braniac.model.trainer import TrainSettings, memory_bytes_needed
 from braniac.node import commands
-from braniac.protocol import limits, wire
+from braniac.protocol import limits, listing, wire
 from braniac.protocol.codec import CodecRules, TileLayout
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest
@@ -31,6 +32,7 @@ _REPLY_BYTES = 11  # the swarm time, which is all that most calls are answered w
 _SWEEP_GENERATIONS = 8  # the store is swept once in so many generations; see replica.py
 # Signed, as they travel; a verdict has a share per contribution, a certificate a signature of each majority seat.
 _VOTE_BYTES, _OFFER_BYTES, _VERDICT_BYTES, _SHARE_BYTES, _SIGNATURE_BYTES = 255, 345, 300, 201, 108
+_PRESENCE_BYTES = 230  # with one address
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,11 @@ def slot_bytes(manifest: Manifest, tier: int, peers: int) -> float:
 
 def _payload_and_update_bytes(manifest: Manifest, fragment: int, peers: int) -> float:
     layout = manifest.fragments[fragment].layout
-    up = payload_bytes(layout, manifest.up, 1.0)
+    contributors = min(peers, limits.CONTRIBUTORS_PER_SLOT)
+    up = payload_bytes(layout, manifest.up, 1.0) * contributors / peers
     # The peers' choices meet in the update: it holds every coordinate that anybody sent, up to its own capacity.
     share = int(layout.capacity(manifest.up.per_tile).sum()) / layout.size
-    union = layout.size * (1 - (1 - share) ** peers)
+    union = layout.size * (1 - (1 - share) ** contributors)
     capacity = int(layout.capacity(manifest.down.per_tile).sum())
     return up + payload_bytes(layout, manifest.down, min(1.0, union / capacity))
 
@@ -106,28 +109,38 @@ def _value_bits(layout: TileLayout, rules: CodecRules, values: float) -> float:
 def _message_bytes(manifest: Manifest, tier: int, peers: int, held_share: float) -> float:
     """Signed messages and the short replies to them, per slot, of one peer."""
     others, seats = peers - 1, min(limits.COMMITTEE_SIZE, peers)
-    verdict = _VERDICT_BYTES + held_share * peers * _SHARE_BYTES
+    large = others > limits.GREETED_PEERS_MAX
+    contributors = min(peers, limits.CONTRIBUTORS_PER_SLOT)
+    verdict = _VERDICT_BYTES + held_share * contributors * _SHARE_BYTES
+    # Of those that keep silent for as long as they may: half to all of PRESENCE_SLOTS; and of those with a seat ahead.
+    presences = peers / (0.75 * limits.PRESENCE_SLOTS) + limits.CANDIDATES if large else 0
     introduction = 160 + min(limits.INTRODUCED_MAX, max(0, peers - 2)) * (40 + len(_ADDRESSES[0]))
     sent = [
-        (others, _heartbeat_bytes(manifest, tier)),
-        (1 if peers > 2 else 0, introduction),
-        (held_share * seats * others / peers, _OFFER_BYTES),
+        (limits.NEIGHBOURS if large else others, _heartbeat_bytes(manifest, tier)),
+        (1 if peers > 2 and not large else 0, introduction),
+        (limits.GOSSIP_PEERS, presences * _PRESENCE_BYTES),
+        (held_share * seats * (contributors - contributors / peers) / peers, _OFFER_BYTES),
         ((seats - 1) / peers, verdict),  # proposals, of the owner
         ((seats - 1) / peers, _VOTE_BYTES),
-        (others / peers, verdict + (seats // 2 + 1) * _SIGNATURE_BYTES),  # the certificate, to everybody
+        # The certificate: the owner tells everybody, or in a large swarm each some neighbours.
+        (limits.CERTIFICATE_PEERS if large else others / peers, verdict + (seats // 2 + 1) * _SIGNATURE_BYTES),
     ]
-    return sum(count * (size + _REPLY_BYTES) for count, size in sent)
+    return sum(count * (size + _REPLY_BYTES) for count, size in sent if size)
 
 
 def _heartbeat_bytes(manifest: Manifest, tier: int) -> int:
-    """As it travels, with the certificates of as many windows as are remembered."""
+    """As it travels, with the certificates of as many windows as are remembered, in as many parts as they come in."""
     held, digest, slot = manifest.held(tier), bytes(range(32)), 1 << 20
     recent = min(limits.RECENT_CERTIFICATES_MAX, limits.HISTORY_WINDOWS * len(held))
+    names = [CertificateName(slot - 1 - age, digest) for age in range(recent)]
+    states = [FragmentState(fragment, slot - 1 - age, digest) for age, fragment in enumerate(held)]
+    parts = listing.parts_of(manifest)
     heartbeat = Heartbeat(
         slot, tier, slot, _ADDRESSES,
-        tuple(CertificateName(slot, digest) for _ in range(recent)),
-        tuple(FragmentState(fragment, slot, digest) for fragment in held),
+        listing.named(names, slot, parts),
+        listing.stated(states, slot, parts),
         1000.0,
+        parts=parts,
     )  # fmt: skip
     return len(wire.seal(Identity.from_seed(bytes(32)), manifest.run_id, 1 << 60, heartbeat)) + 4
 

@@ -32,9 +32,9 @@ log = structlog.get_logger(__name__)
 _LOOPBACK = ("/ip4/127.", "/ip6/::1/")
 _RETRY_S_MIN = 0.5
 _RETRY_S_MAX = 60.0
-_RECORD_TTL_S = 120.0
 _SOCKET_DIR_BYTES_MAX = 80  # of the 107 that a socket's path may have
-_LOOK_S = 10.0  # between two looks into the directory
+_LOOK_S = 10.0  # between two looks into the directory; longer in a large swarm
+_RECORD_TTL_LOOKS = 12  # a record outlives so many
 
 TransportFactory = Callable[[Path, P2pdOptions], Awaitable[Transport]]
 """Starts a transport under the identity at a path. Raises NodeError."""
@@ -246,13 +246,14 @@ class Network:
         """
         while True:
             await self._awake.wait()
+            pause_s = _LOOK_S
             try:
-                await self._look_around(tier, on_peer)
+                pause_s = await self._look_around(tier, on_peer)
             except IdentityFileError:
                 raise
             except Exception as error:  # hivemind raises what it likes; the next look may go well
                 log.warning("the directory failed, trying on", reason=repr(error))
-            await self.sleep(_LOOK_S * random.uniform(0.7, 1.3))
+            await self.sleep(pause_s * random.uniform(0.7, 1.3))
 
     def identity_shared(self) -> IdentityFileError:
         """What ends a node that has met its double."""
@@ -261,11 +262,13 @@ class Network:
             "stop the copy, or give it a --state-dir of its own"
         )
 
-    async def _look_around(self, tier: int, on_peer: Callable[[PeerId], None]) -> None:
+    async def _look_around(self, tier: int, on_peer: Callable[[PeerId], None]) -> float:
+        """Seconds until the next look: everybody reads all records, so the more there are, the longer."""
         directory = self._directory
         assert directory is not None, "open_directory() comes first"
         # Look first, then announce: of two nodes with one key, the one that peers do not listen to any more sees it.
-        for peer, found in (await directory.find()).items():
+        listed = await directory.find()
+        for peer, found in listed.items():
             if peer not in self._known:
                 log.debug("found a peer in the directory", peer=short_name(peer))
             self.on_version(found.version)
@@ -274,7 +277,9 @@ class Network:
         if directory.doubled:
             raise self.identity_shared()
         record = Record(self.public_addresses(), tier, limits.PROTOCOL_VERSION)
-        await directory.announce(record, _RECORD_TTL_S)
+        pause_s = _LOOK_S * max(1.0, len(listed) / limits.GREETED_PEERS_MAX)
+        await directory.announce(record, _RECORD_TTL_LOOKS * pause_s)
+        return pause_s
 
 
 def _belongs_to(peer: PeerId, address: str) -> bool:

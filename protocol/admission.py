@@ -19,6 +19,23 @@ from braniac.protocol.identity import PeerId
 from braniac.protocol.roster import Member
 
 
+def known_since(slot: int, window: int) -> int:
+    """Who is known for longer than this slot is no newcomer; `window` is the number of slots in one."""
+    return slot - limits.NEWCOMER_WINDOWS * window
+
+
+def claimants(members: Iterable[Member], since: int) -> int:
+    """How many of these could have a place at once: invented peers do not make lots rarer for the others."""
+    of_network: Counter[str] = Counter()
+    veterans = newcomers = 0
+    for member in members:
+        of_network[member.network] += 1
+        if member.network == "" or of_network[member.network] <= limits.NETWORK_PLACES:
+            veterans += member.known_slot <= since
+            newcomers += member.known_slot > since
+    return veterans + (min(newcomers, max(limits.NEWCOMER_PLACES, veterans)) if veterans else newcomers)
+
+
 class Places:
     """The places of one slot, given away once, and again for those that turn up later."""
 
@@ -26,7 +43,7 @@ class Places:
         """`window` is the number of slots in one."""
         self._run_id = run_id
         self._slot = slot
-        self._known_since = slot - limits.NEWCOMER_WINDOWS * window
+        self._known_since = known_since(slot, window)
         self._considered: set[PeerId] = set()
         self._admitted: set[PeerId] = set()
         self._looks = 0

@@ -14,9 +14,9 @@ it would make a recent anchor of wrong bytes, and among two peers the lower hash
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
-from braniac.protocol import limits
+from braniac.protocol import limits, listing
 from braniac.protocol.events import FragmentLost, FragmentUnheld
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
@@ -37,9 +37,13 @@ class Agreement:
         self._manifest = manifest
         self._me = me
         self._held = held
+        self._parts = listing.parts_of(manifest)
+        self._patience_slots = max(_UNHELD_SLOTS, self._parts)
+        """After so long whoever is heard has listed all its anchors, whatever was lost."""
         self._strikes: dict[int, set[int]] = defaultdict(set)
         self._asked: dict[int, int] = {}
         self._first_heard: int | None = None
+        self._reviewed_slot: int | None = None
         self.mine: dict[int, FragmentState] = {}
         self.disagreements = 0
         """Mismatches seen so far, also those that healed by themselves."""
@@ -67,7 +71,7 @@ class Agreement:
         """Whether our anchor may lack certificates that are not kept any more, and others had no time to say so yet."""
         mine, kept_slots = self.mine.get(fragment), limits.HISTORY_WINDOWS * self._manifest.window
         gap = mine is not None and mine.slot <= self._since - kept_slots
-        return gap and now_slot < self._since + _UNHELD_SLOTS
+        return gap and now_slot < self._since + self._patience_slots
 
     def overtaken(self, voices: list[Member], edge: int) -> bool:
         """Whether an anchor of ours is too old to be repaired by certificates, and others have a newer one."""
@@ -76,12 +80,21 @@ class Agreement:
             for f, mine in self.mine.items()
         )
 
-    def review(self, members: list[Member], now_slot: int, history: History) -> Iterator[FragmentLost | FragmentUnheld]:
-        """After a heartbeat: fragments to be downloaded or begun anew, each asked for at most once a window."""
+    def review(
+        self, members: list[Member], now_slot: int, history: History, spoken_of: Collection[int] | None = None
+    ) -> Iterator[FragmentLost | FragmentUnheld]:
+        """After a heartbeat: fragments to be downloaded or begun anew, each asked for at most once a window.
+
+        Anchors that the heartbeat has not `spoken_of` are compared once a slot only. None: all are compared.
+        """
         voices = [member for member in members if member.ready_slot >= 0]
         if voices and self._first_heard is None:
             self._first_heard = now_slot
-        for fragment in self._held:
+        if spoken_of is not None and now_slot == self._reviewed_slot:
+            compared = [f for f in self._held if f in spoken_of or f not in self.mine]
+        else:
+            compared, self._reviewed_slot = list(self._held), now_slot
+        for fragment in compared:
             if now_slot - self._asked.get(fragment, -1 << 60) < self._manifest.window:
                 continue
             if (choice := self._choose(fragment, voices, now_slot, history)) is not None:
@@ -96,12 +109,18 @@ class Agreement:
 
     def _unheld(self, fragment: int, voices: list[Member], now_slot: int) -> bool:
         """Whether a fragment is missing here and nobody has spoken of it for long enough to be sure."""
-        patient = self._first_heard is not None and now_slot >= self._first_heard + _UNHELD_SLOTS
+        patient = self._first_heard is not None and now_slot >= self._first_heard + self._patience_slots
         return patient and fragment not in self.mine and not self._claims(fragment, voices, now_slot)
 
     def _choose(self, fragment: int, voices: list[Member], now_slot: int, history: History) -> FragmentState | None:
         """The state to download, or None if ours is fine or it is too early to tell."""
         mine = self.mine.get(fragment)
+        if mine is not None and now_slot - history.horizon < mine.slot <= now_slot + 1:
+            same = [s for m in voices if (s := m.anchors.get(fragment)) is not None and s.slot == mine.slot]
+            if all(state.digest == mine.digest for state in same):  # nearly always, so this is quick
+                if same:
+                    self._strikes.pop(fragment, None)
+                return None
         claims = self._claims(fragment, voices, now_slot)
         if mine is None:
             return self._agreed(claims, now_slot)
@@ -117,8 +136,10 @@ class Agreement:
         return self._judge(mine, claims, 0)
 
     def _agreed(self, claims: dict[FragmentState, int], now_slot: int) -> FragmentState | None:
-        """The state to believe: two peers must agree, unless a slot has passed and there is still only one to ask."""
-        alone = self._first_heard is not None and self._first_heard < now_slot and sum(claims.values()) == 1
+        """The state to believe: two peers must agree, unless more had time to speak and there is still only one."""
+        alone = (
+            self._first_heard is not None and self._first_heard + self._parts <= now_slot and sum(claims.values()) == 1
+        )
         agreed = [state for state, count in claims.items() if count >= (1 if alone else 2)]
         return max(agreed, key=lambda s: (claims[s], s.slot, s.digest), default=None)
 

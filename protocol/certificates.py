@@ -6,7 +6,7 @@ What stands and what is undone is decided by history.py; who may sign by rounds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from braniac.protocol import events, limits
 from braniac.protocol.agreement import Agreement
@@ -16,7 +16,7 @@ from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.messages import Certificate, CertificateName
 from braniac.protocol.outbox import Outbox
-from braniac.protocol.roster import Member, Roster
+from braniac.protocol.roster import Roster
 from braniac.protocol.rounds import Rounds
 from braniac.protocol.sources import Sources
 
@@ -51,21 +51,23 @@ class Certificates:
         self._sources = Sources(manifest, me, roster, rounds)
         self._asked: dict[bytes, int] = {}
         self._settled: set[int] = set()
+        self._passed_on: set[CertificateName] = set()
 
-    def lacking(self, member: Member, now_slot: int) -> list[CertificateName]:
+    def lacking(self, names: Iterable[CertificateName], now_slot: int) -> list[CertificateName]:
         """What a peer lists and this one lacks, oldest first."""
         horizon = now_slot - self._history.horizon
-        return [
+        found = [
             name
-            for name in sorted(member.recent, key=lambda n: n.slot)
+            for name in names
             if name.slot > horizon
             and not self._history.covered(name)
             and not (self._history.entry(name.slot) and self._history.final(name.slot, now_slot))
         ]
+        return sorted(found, key=lambda n: n.slot)
 
-    def missing(self, member: Member, now_slot: int) -> tuple[CertificateName, ...]:
-        """Anti-entropy: what to ask a peer for; each name at most once a slot."""
-        news = [name for name in self.lacking(member, now_slot) if self._asked.get(name.digest) != now_slot]
+    def missing(self, names: Iterable[CertificateName], now_slot: int) -> tuple[CertificateName, ...]:
+        """Anti-entropy: what to ask a peer for that lists these; each name at most once a slot."""
+        news = [name for name in self.lacking(names, now_slot) if self._asked.get(name.digest) != now_slot]
         missing = news[: limits.REQUEST_NAMES_MAX]
         self._asked.update((name.digest, now_slot) for name in missing)
         return tuple(missing)
@@ -80,7 +82,7 @@ class Certificates:
         if self._rounds.could_decide(verdict, {peer for peer, _ in certificate.signatures}):
             return
         # Its signers may be gone since: then it counts if as many live peers as there are, up to two, have applied it.
-        witnesses = [member for member in self._roster.live(now_slot) if member.ready_slot >= 0]
+        witnesses = [member for member in self._roster.speaking(now_slot) if member.ready_slot >= 0]
         if sum(certificate.name in member.recent for member in witnesses) < max(1, min(2, len(witnesses))):
             raise WireError(Refusal.NOT_COMMITTEE, "a certificate signed by peers that could not decide that slot")
 
@@ -88,7 +90,16 @@ class Certificates:
         """A slot of this peer's own has its signatures: tell everybody, unless a better certificate came first."""
         with contextlib.suppress(WireError):
             self.take(certificate, now_slot)
+            self._passed_on.add(certificate.name)
             self._outbox.broadcast(certificate, now_slot)
+
+    def pass_on(self, certificate: Certificate) -> None:
+        """In a large swarm, where nobody tells everybody, tell a few neighbours of a certificate that was taken."""
+        if certificate.name not in self._passed_on:
+            self._passed_on.add(certificate.name)
+            others_each_time = int.from_bytes(certificate.verdict.digest[:4])
+            chosen = self._roster.some_neighbours(limits.CERTIFICATE_PEERS, others_each_time)
+            self._outbox.send_all(chosen, certificate)
 
     def take(self, certificate: Certificate, now_slot: int) -> None:
         """A certificate that may stand: undo what it replaces, fetch its update. Raises WireError if it may not."""
@@ -140,5 +151,6 @@ class Certificates:
     def forget(self, now_slot: int) -> None:
         """Let go of what is beyond the horizon."""
         self._settled = {s for s in self._settled if s > now_slot - self._history.horizon}
+        self._passed_on = {name for name in self._passed_on if name.slot > now_slot - self._history.horizon}
         self._asked = {digest: s for digest, s in self._asked.items() if s >= now_slot - 1}
         self._sources.forget(self._history.missing_updates())

@@ -19,6 +19,16 @@ def score(run_id: bytes, slot: int, peer: PeerId) -> bytes:
     return hashlib.sha256(b"seat" + run_id + slot.to_bytes(8, signed=True) + peer).digest()
 
 
+def drawn(lot: bytes, places: int, peers: int) -> bool:
+    """Whether this lot is among the best for about `places` places, of as many lots as there are `peers`."""
+    return int.from_bytes(lot[:8]) * peers >= peers - places << 64
+
+
+def share_lot(run_id: bytes, slot: int, peer: PeerId) -> bytes:
+    """The peer's lot for contributing to this slot."""
+    return hashlib.sha256(b"share" + run_id + slot.to_bytes(8, signed=True) + peer).digest()
+
+
 def ranking(run_id: bytes, slot: int, peers: Iterable[PeerId]) -> list[PeerId]:
     """All peers, best first."""
     return sorted(set(peers), key=lambda peer: score(run_id, slot, peer), reverse=True)

@@ -19,10 +19,11 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
-from braniac.protocol import events, limits, messages, wire
+from braniac.protocol import events, limits, listing, messages, wire
 from braniac.protocol.agreement import Agreement
 from braniac.protocol.certificates import Certificates
 from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.gossip import Gossiper
 from braniac.protocol.greetings import Greetings
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity, PeerId
@@ -73,6 +74,7 @@ class Engine:
         self.refused: Counter[Refusal] = Counter()
         self.refused_payloads: Counter[Refusal] = Counter()
         self._outbox = Outbox(identity, manifest.run_id, incarnation, self.roster)
+        self._parts = listing.parts_of(manifest)
         self._slot = self._rejoined_slot = manifest.slot_at(now)
         self._silent_slot = self._slot if signed_slot is None else max(self._slot, signed_slot)
         """Nothing is signed for slots up to here."""
@@ -87,6 +89,7 @@ class Engine:
         self._certificates = Certificates(
             manifest, self.me, tier, self._slot, history, self._agreement, self.roster, self._rounds, self._outbox, emit
         )
+        self._gossiper = Gossiper(manifest, identity, tier, self.roster, self._rounds, self._outbox, emit)
         self._witness = Witness(self._slot - manifest.window)
         self._inbox = Inbox(
             manifest,
@@ -97,6 +100,7 @@ class Engine:
             rounds=self._rounds,
             certificates=self._certificates,
             greetings=self._greetings,
+            gossiper=self._gossiper,
             witness=self._witness,
             outbox=self._outbox,
             queue=self._events,
@@ -171,7 +175,7 @@ class Engine:
         assert self.tier < self.manifest.observer_tier, "an observer takes no part"
         assert len(self._agreement.mine) == len(self.manifest.held(self.tier))
         self._rounds.ready_slot = max(0, self._slot)
-        self._broadcast(self._heartbeat())
+        self._broadcast(self._heartbeat(self._parts))
 
     def may_sign(self, slot: int) -> None:
         """It is durable that this peer may have signed for slots up to here: now it may."""
@@ -187,7 +191,7 @@ class Engine:
         self._rounds.unreachable_slot = 0 if reachable else max(1, self._slot)
         if reachable and self.ready:
             self._rounds.ready_slot = max(0, self._slot)
-        self._broadcast(self._heartbeat())
+        self._broadcast(self._heartbeat(self._parts))
 
     def offer(self, slot: int, payload_digest: bytes, payload_bytes: int, weight: int) -> None:
         """Answer to FragmentDue: the payload is stored durably and can be fetched from here."""
@@ -247,10 +251,11 @@ class Engine:
     def retire(self) -> None:
         """Begin to leave: no new offers, no more committees; what is open goes on."""
         self._rounds.ready_slot = -1
-        self._broadcast(self._heartbeat())
+        self._broadcast(self._heartbeat(self._parts))
 
     def goodbye(self) -> None:
         """Tell everybody that this peer leaves."""
+        self._gossiper.speak(self._slot, self._addresses, gone=True)
         self._broadcast(messages.Goodbye(max(0, self._slot)))
 
     def rejoin(self, now: float) -> None:
@@ -266,14 +271,14 @@ class Engine:
         """Whether this peer has applied all that live peers have, or has listened in vain; then it may `set_ready`."""
         if self._slot <= self._rejoined_slot or len(self._agreement.mine) < len(self.manifest.held(self.tier)):
             return False
-        voices = [member for member in self.roster.live(self._slot) if member.ready_slot >= 0]
+        voices = [member for member in self.roster.speaking(self._slot) if member.ready_slot >= 0]
         if not voices:
             return self._slot > self._rejoined_slot + limits.ROSTER_LIVE_SLOTS
         if any(member.heard_slot < self._rejoined_slot for member in voices):
             return False  # that is from before the rest: it speaks again or lapses
         if self._agreement.overtaken(voices, self._slot - self.history.horizon) or self.history.missing_updates():
             return False
-        return not any(self._certificates.lacking(member, self._slot) for member in voices)
+        return not any(self._certificates.lacking(member.recent, self._slot) for member in voices)
 
     def state(self, offered: tuple[int, bytes] | None = None) -> dict[str, Any]:
         """What a generation must keep, with an offer that is about to be made."""
@@ -300,7 +305,8 @@ class Engine:
         self._events.append(events.SlotBegan(slot, fragment))
         for member in self.roster.lapsed(slot):
             self._events.append(events.PeerLeft(member.peer, said_goodbye=False))
-        self._broadcast(self._heartbeat())
+        self._gossiper.begin_slot(slot, self._addresses)
+        self._broadcast(self._heartbeat(self._parts))
         self._greetings.spread(slot)
         self._certificates.settle(self._rounds.begin_slot(slot), None)
         self._certificates.forget(slot)
@@ -309,6 +315,7 @@ class Engine:
         self.roster.forget(slot)
         signable = max(-1, self._silent_slot) < slot <= self._rounds.signing_slot
         due = signable and slot not in self.history.offers  # one offer per slot, ever
+        due = due and self._rounds.draws(slot, self.me)
         if self.ready and due and fragment in self.history.last and not self._agreement.outdated(fragment, slot):
             self._events.append(events.FragmentDue(slot, fragment))
 
@@ -317,20 +324,29 @@ class Engine:
         self._rounds.repeat_proposals()
         self._certificates.want_updates(self._slot)
         self._greetings.repeat(self._slot)
+        self._gossiper.pass_on()
 
-    def _heartbeat(self) -> Heartbeat:
+    def _heartbeat(self, parts: int = 1) -> Heartbeat:
+        slot = max(-1, self._slot)
         return Heartbeat(
-            max(-1, self._slot),
+            slot,
             self.tier,
             self._rounds.ready_slot,
-            self.addresses[: limits.ADDRESSES_MAX],
-            self.history.recent(self._slot),
-            tuple(self._agreement.mine.values()),
+            self._addresses,
+            listing.named(self.history.recent(self._slot), slot, parts),
+            listing.stated(self._agreement.mine.values(), slot, parts),
             self.tokens_per_s,
             self._rounds.unreachable_slot,
             self.loss,
             self.version,
+            parts,
+            every=1 if self.roster.neighbours is None else limits.PRESENCE_SLOTS,
+            known=self.roster.live_count,
         )
+
+    @property
+    def _addresses(self) -> tuple[str, ...]:
+        return self.addresses[: limits.ADDRESSES_MAX]
 
     def _broadcast(self, message: Message) -> None:
         self._outbox.broadcast(message, self._slot)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from braniac.protocol import limits
 from braniac.protocol.errors import IdentityError, Refusal, WireError
 from braniac.protocol.identity import SIGNATURE_BYTES, PeerId, parse_peer_id
 
@@ -28,6 +31,13 @@ def digest_of(data: bytes) -> bytes:
 def signature_of(data: bytes) -> bytes:
     require(len(data) == SIGNATURE_BYTES, "a signature that is not 64 bytes")
     return data
+
+
+def addresses_of(texts: Iterable[str]) -> tuple[str, ...]:
+    found = tuple(texts)
+    require(len(found) <= limits.ADDRESSES_MAX, "too many addresses")
+    require(all(len(a.encode()) <= limits.ADDRESS_BYTES_MAX for a in found), "an address is too long")
+    return found
 
 
 def require(good: bool, detail: str) -> None:

@@ -33,15 +33,15 @@ class Greetings:
         member = self._roster.get(peer)
         silent = member is None or not member.live(slot)
         unwanted = peer == self._me or peer in self._roster.banned
-        if silent and not unwanted and len(self._unanswered) < limits.ROSTER_PEERS_MAX:
+        enough = self._roster.live_count > limits.GREETED_PEERS_MAX  # the others are known by hearsay
+        if silent and not unwanted and not enough and len(self._unanswered) < limits.ROSTER_PEERS_MAX:
             self._unanswered.setdefault(peer, slot)
             self._send(peer, self._heartbeat())
 
     def look_for_members(self, slot: int) -> None:
         """After a silence of this peer's own: whoever was there is greeted again with the next repeats."""
-        for member in self._roster:
-            if not member.gone:
-                self._unanswered.setdefault(member.peer, slot)
+        for member in self._roster.last_heard(limits.LOOKED_FOR_PEERS_MAX):
+            self._unanswered.setdefault(member.peer, slot)
 
     def repeat(self, slot: int) -> None:
         """Greet once more whoever has not answered."""
@@ -65,11 +65,11 @@ class Greetings:
                 self._send(peer, proof)
 
     def spread(self, slot: int) -> None:
-        """Once a slot, tell somebody else whom this peer knows.
+        """Once a slot, tell somebody else whom this peer knows; in a large swarm presences do that.
 
         Two peers that missed each other's greetings would otherwise disagree about committees for good.
         """
-        if live := self._roster.live(slot):
+        if self._roster.neighbours is None and (live := self._roster.live(slot)):
             self._introduce_others(live[slot % len(live)].peer, slot)
 
     def _introduce_others(self, newcomer: PeerId, slot: int) -> None:

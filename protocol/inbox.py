@@ -11,6 +11,7 @@ from braniac.protocol import events, limits, messages
 from braniac.protocol.agreement import Agreement
 from braniac.protocol.certificates import Certificates
 from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.gossip import Gossiper
 from braniac.protocol.greetings import Greetings
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
@@ -36,6 +37,7 @@ class Inbox:
         rounds: Rounds,
         certificates: Certificates,
         greetings: Greetings,
+        gossiper: Gossiper,
         witness: Witness,
         outbox: Outbox,
         queue: deque[events.Event],
@@ -49,6 +51,7 @@ class Inbox:
         self._rounds = rounds
         self._certificates = certificates
         self._greetings = greetings
+        self._gossiper = gossiper
         self._witness = witness
         self._outbox = outbox
         self._queue = queue
@@ -60,6 +63,8 @@ class Inbox:
             raise WireError(Refusal.REPLAYED, "this peer's own message came back, or another peer has its identity")
         if isinstance(message, Heartbeat):
             return self._on_heartbeat(sender, message, opened.sequence, slot)
+        if isinstance(message, messages.Gossip):
+            return self._gossiper.hear(sender, message.presences, slot)
         if self._roster.get(sender) is None:
             raise WireError(Refusal.UNKNOWN_PEER, "no heartbeat of the sender was heard yet")
         match message:
@@ -84,6 +89,7 @@ class Inbox:
                 for signed in message.signed():
                     self._witness.note(signed)
                 self._certificates.take(message, slot)
+                self._certificates.pass_on(message)
             case messages.CertificateRequest(names):
                 for name in names[: limits.REQUEST_NAMES_MAX]:
                     entry = self._history.entry(name.slot)
@@ -97,6 +103,8 @@ class Inbox:
                     member = self._roster.get(peer)
                     if peer != self._me and (member is None or not member.live(slot)):
                         self._queue.append(events.PeerMentioned(peer, addresses))
+            case messages.RosterRequest():
+                self._gossiper.answer(sender, slot)
             case messages.Equivocation():
                 self._ban(message, slot)
 
@@ -109,9 +117,11 @@ class Inbox:
         if returned:
             self._queue.append(events.PeerJoined(sender, member.tier, member.addresses))
             self._greetings.welcome(sender, slot)
-        if missing := self._certificates.missing(member, slot):
+        if missing := self._certificates.missing(heartbeat.recent, slot):
             self._outbox.send(sender, messages.CertificateRequest(missing))
-        for lost in self._agreement.review(self._roster.live(slot), slot, self._history):
+        self._gossiper.compare(sender, heartbeat.known, slot)
+        spoken_of = {state.fragment for state in heartbeat.anchors}
+        for lost in self._agreement.review(self._roster.speaking(slot), slot, self._history, spoken_of):
             if isinstance(lost, events.FragmentUnheld):
                 self._queue.append(lost)
             else:

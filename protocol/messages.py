@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from braniac.protocol.identity import PeerId
 
@@ -47,6 +48,31 @@ class Heartbeat:
     """Training loss in nats per byte, as it says."""
     version: str = ""
     """Of its program, as it says."""
+    parts: int = 1
+    """`recent` and `anchors` are one of so many parts of its lists; see listing.py."""
+    every: int = 1
+    """Those that get no heartbeats hear of it once in so many slots; 1: all get them."""
+    known: int = 0
+    """How many live peers it knows."""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What all of a large swarm must know of a peer; `body` and `signature` are the portable statement."""
+
+    peer: PeerId
+    sequence: int
+    """From the count of its messages, so that what was said later is known."""
+    slot: int
+    tier: int
+    ready_slot: int
+    unreachable_slot: int
+    every: int
+    """It says so again within as many slots."""
+    gone: bool
+    addresses: tuple[str, ...]
+    body: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,7 @@ class Verdict:
         """All that was merged or refused: who has their payloads can merge them again."""
         return [*(share.commitment for share in self.shares), *self.refused]
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         return hashlib.sha256(self.body).digest()
 
@@ -193,7 +219,31 @@ class Equivocation:
         return len(self.first.body) + len(self.second.body)
 
 
-Message = Heartbeat | Offer | Proposal | Vote | Certificate | CertificateRequest | Goodbye | Equivocation | Introduction
+@dataclass(frozen=True)
+class Gossip:
+    """Presences, of whomever."""
+
+    presences: tuple[Presence, ...]
+
+
+@dataclass(frozen=True)
+class RosterRequest:
+    """Asks for the presences of all live peers."""
+
+
+Message = (
+    Heartbeat
+    | Offer
+    | Proposal
+    | Vote
+    | Certificate
+    | CertificateRequest
+    | Goodbye
+    | Equivocation
+    | Introduction
+    | Gossip
+    | RosterRequest
+)
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,8 @@ class Content(_message.Message):
     GOODBYE_FIELD_NUMBER: _builtins.int
     EQUIVOCATION_FIELD_NUMBER: _builtins.int
     INTRODUCTION_FIELD_NUMBER: _builtins.int
+    GOSSIP_FIELD_NUMBER: _builtins.int
+    ROSTER_REQUEST_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     sender: _builtins.bytes
     """peer id, which is the public key"""
@@ -273,6 +275,10 @@ class Content(_message.Message):
     def equivocation(self) -> Global___Equivocation: ...
     @_builtins.property
     def introduction(self) -> Global___Introduction: ...
+    @_builtins.property
+    def gossip(self) -> Global___Gossip: ...
+    @_builtins.property
+    def roster_request(self) -> Global___RosterRequest: ...
     def __init__(
         self,
         *,
@@ -288,12 +294,14 @@ class Content(_message.Message):
         goodbye: Global___Goodbye | None = ...,
         equivocation: Global___Equivocation | None = ...,
         introduction: Global___Introduction | None = ...,
+        gossip: Global___Gossip | None = ...,
+        roster_request: Global___RosterRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "introduction", b"introduction", "offer", b"offer", "proposal", b"proposal", "vote", b"vote"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "gossip", b"gossip", "heartbeat", b"heartbeat", "introduction", b"introduction", "offer", b"offer", "proposal", b"proposal", "roster_request", b"roster_request", "vote", b"vote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "introduction", b"introduction", "offer", b"offer", "proposal", b"proposal", "run_id", b"run_id", "sender", b"sender", "sequence", b"sequence", "vote", b"vote"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "certificate", b"certificate", "certificate_request", b"certificate_request", "equivocation", b"equivocation", "goodbye", b"goodbye", "gossip", b"gossip", "heartbeat", b"heartbeat", "introduction", b"introduction", "offer", b"offer", "proposal", b"proposal", "roster_request", b"roster_request", "run_id", b"run_id", "sender", b"sender", "sequence", b"sequence", "vote", b"vote"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "offer", "proposal", "vote", "certificate", "certificate_request", "goodbye", "equivocation", "introduction"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["heartbeat", "offer", "proposal", "vote", "certificate", "certificate_request", "goodbye", "equivocation", "introduction", "gossip", "roster_request"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -301,7 +309,7 @@ Global___Content: _TypeAlias = Content  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Sent to every peer once a slot: who I am, what I hold, which certificates I have applied (anti-entropy)."""
+    """Sent once a slot: who I am, what I hold, which certificates I have applied (anti-entropy)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -315,6 +323,9 @@ class Heartbeat(_message.Message):
     UNREACHABLE_SLOT_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    EVERY_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     tier: _builtins.int
     """as many as the run has tiers: an observer, which holds nothing and is never ready"""
@@ -327,6 +338,12 @@ class Heartbeat(_message.Message):
     """my training loss in nats per byte; only observers look at it"""
     version: _builtins.str
     """of my program; only observers look at it"""
+    every: _builtins.int
+    """those that get no heartbeats hear of me once in so many slots; 0 or 1: all get them"""
+    known: _builtins.int
+    """live peers that I know"""
+    parts: _builtins.int
+    """of how many parts of my lists this is one, besides what is fresh; 0 or 1: they are whole"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -350,16 +367,128 @@ class Heartbeat(_message.Message):
         unreachable_slot: _builtins.int = ...,
         loss: _builtins.float | None = ...,
         version: _builtins.str = ...,
+        every: _builtins.int = ...,
+        known: _builtins.int = ...,
+        parts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "addresses", b"addresses", "anchors", b"anchors", "loss", b"loss", "ready_slot", b"ready_slot", "recent", b"recent", "slot", b"slot", "tier", b"tier", "tokens_per_s", b"tokens_per_s", "unreachable_slot", b"unreachable_slot", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "addresses", b"addresses", "anchors", b"anchors", "every", b"every", "known", b"known", "loss", b"loss", "parts", b"parts", "ready_slot", b"ready_slot", "recent", b"recent", "slot", b"slot", "tier", b"tier", "tokens_per_s", b"tokens_per_s", "unreachable_slot", b"unreachable_slot", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class Presence(_message.Message):
+    """What all of a large swarm must know of a peer, passed on from neighbour to neighbour. Signed together with the run id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    READY_SLOT_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_SLOT_FIELD_NUMBER: _builtins.int
+    EVERY_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    peer: _builtins.bytes
+    sequence: _builtins.int
+    """from the same count as those of envelopes: which of two is the later"""
+    slot: _builtins.int
+    tier: _builtins.int
+    ready_slot: _builtins.int
+    unreachable_slot: _builtins.int
+    every: _builtins.int
+    """it is said again within so many slots"""
+    gone: _builtins.bool
+    """goodbye"""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        peer: _builtins.bytes = ...,
+        sequence: _builtins.int = ...,
+        slot: _builtins.int = ...,
+        tier: _builtins.int = ...,
+        ready_slot: _builtins.int = ...,
+        unreachable_slot: _builtins.int = ...,
+        every: _builtins.int = ...,
+        gone: _builtins.bool = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "every", b"every", "gone", b"gone", "peer", b"peer", "ready_slot", b"ready_slot", "sequence", b"sequence", "slot", b"slot", "tier", b"tier", "unreachable_slot", b"unreachable_slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Presence: _TypeAlias = Presence  # noqa: Y015
+
+@_typing.final
+class SignedPresence(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BODY_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    body: _builtins.bytes
+    """a serialised Presence"""
+    signature: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        body: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedPresence: _TypeAlias = SignedPresence  # noqa: Y015
+
+@_typing.final
+class Gossip(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRESENCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def presences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedPresence]: ...
+    def __init__(
+        self,
+        *,
+        presences: _abc.Iterable[Global___SignedPresence] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["presences", b"presences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gossip: _TypeAlias = Gossip  # noqa: Y015
+
+@_typing.final
+class RosterRequest(_message.Message):
+    """Asks for gossip of all live peers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RosterRequest: _TypeAlias = RosterRequest  # noqa: Y015
 
 @_typing.final
 class CertificateName(_message.Message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from braniac.protocol import limits, wire
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.messages import Message
@@ -30,13 +32,27 @@ class Outbox:
         self._waiting.append((peer, self._seal(message)))
 
     def broadcast(self, message: Message, slot: int) -> None:
-        """To every member; once in a while also to those silent for long, in case it was the network that failed."""
+        """To every member; once in a while also to those silent for long, in case it was the network that failed.
+
+        In a large swarm to the neighbours.
+        """
+        if (neighbours := self._roster.neighbours) is not None:
+            return self.send_all(neighbours, message)
         age = limits.ROSTER_FORGET_SLOTS if slot % _TRIED_ALWAYS_SLOTS == 0 else _TRIED_ALWAYS_SLOTS
-        audience = [m.peer for m in self._roster if not m.gone and m.heard_slot > slot - age]
-        if audience:
+        known = self._roster.last_heard(limits.LOOKED_FOR_PEERS_MAX)
+        self.send_all([member.peer for member in known if member.heard_slot > slot - age], message)
+
+    def send_all(self, peers: Collection[PeerId], message: Message) -> None:
+        """The same bytes to several peers."""
+        if peers:
             data = self._seal(message)
-            self._waiting.extend((peer, data) for peer in audience)
+            self._waiting.extend((peer, data) for peer in peers)
+
+    def next_sequence(self) -> int:
+        """For a message, or for a statement that is to be put in order with messages."""
+        self._sequence += 1
+        return self._sequence
 
     def _seal(self, message: Message) -> bytes:
-        self._sequence += 1
+        self.next_sequence()
         return wire.seal(self._identity, self._run_id, self._sequence, message)

@@ -6,13 +6,14 @@ from when they arrived, so peers that heard the same heartbeats agree on the com
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from braniac.protocol import limits
+from braniac.protocol import limits, listing
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import PeerId
-from braniac.protocol.messages import CertificateName, Equivocation, FragmentState, Heartbeat
+from braniac.protocol.messages import CertificateName, Equivocation, FragmentState, Heartbeat, Presence
 
 
 @dataclass
@@ -43,6 +44,12 @@ def dialable(unreachable_slot: int, slot: int) -> bool:
     return unreachable_slot == 0 or slot < unreachable_slot + limits.ELIGIBLE_SLOTS
 
 
+def _follows(presence: Presence, last: Presence) -> bool:
+    """Whether it was said after `last`: once a slot, so that nobody can keep all others busy; goodbye at any time."""
+    later = presence.slot > last.slot or (presence.gone and not last.gone and presence.slot == last.slot)
+    return later and presence.sequence > last.sequence
+
+
 @dataclass
 class Member:
     """One peer, from its latest heartbeat."""
@@ -51,7 +58,7 @@ class Member:
     tier: int
     ready_slot: int
     heard_slot: int
-    """Slot its last heartbeat speaks of, never in the future of this peer's clock."""
+    """Slot its last heartbeat or presence speaks of, never in the future of this peer's clock."""
     sequence: int = -1
     """Of its latest heartbeat or goodbye: an older one that arrives later changes nothing."""
     addresses: tuple[str, ...] = ()
@@ -70,13 +77,29 @@ class Member:
     """Since when this peer knows it."""
     network: str = ""
     """The network of the Internet from which it is connected; empty if that is unknown or private."""
+    greeted_slot: int | None = None
+    """Slot that its last heartbeat to this peer speaks of."""
+    every: int = 1
+    """It says to all that it is there at least once in so many slots."""
+    presence: Presence | None = None
+    """The last that it said of itself to all."""
 
     def live(self, slot: int) -> bool:
-        return not self.gone and self.heard_slot >= slot - limits.ROSTER_LIVE_SLOTS
+        return not self.gone and self.heard_slot > slot - limits.ROSTER_LIVE_SLOTS - self.every
+
+    def speaking(self, slot: int) -> bool:
+        """Whether its heartbeats come here, so that what it lists is of now."""
+        greeted = self.greeted_slot
+        return self.live(slot) and greeted is not None and greeted >= slot - limits.ROSTER_LIVE_SLOTS
 
     def eligible(self, slot: int) -> bool:
-        """Whether it is expected to contribute to `slot`, and may sit in its committee if it is `dialable`."""
+        """Whether it is expected to contribute to `slot`."""
         return self.live(slot) and 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS
+
+    def stands(self, slot: int) -> bool:
+        """Whether it may sit in the committee of `slot`, if it is `dialable`: all have heard of it a moment before."""
+        told_all = self.heard_slot if self.every == 1 or self.presence is None else self.presence.slot
+        return self.eligible(slot) and told_all >= slot - limits.ROSTER_LIVE_SLOTS
 
     def dialable(self, slot: int) -> bool:
         """Whether the others may count on reaching it in `slot`."""
@@ -91,6 +114,10 @@ class Roster:
         self._replay: dict[PeerId, ReplayWindow] = {}
         self.banned: dict[PeerId, Equivocation] = {}
         """Peers that are never listened to again in this run, with the proof against each."""
+        self.neighbours: tuple[PeerId, ...] | None = None
+        """Who gets heartbeats where the swarm is too large for all to get them; see gossip.py."""
+        self.live_count = 0
+        """Live peers when this was looked at last, and those that turned up since."""
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members.values())
@@ -120,7 +147,9 @@ class Roster:
             oldest = min(self._members.values(), key=lambda m: m.heard_slot)
             del self._members[oldest.peer]
         restarted = known is not None and sequence >> 32 != known.sequence >> 32  # another incarnation
-        returned = known is None or restarted or not known.live(slot)
+        returned = known is None or restarted or known.greeted_slot is None or not known.live(slot)
+        before = None if restarted else known
+        self.live_count += known is None or not known.live(slot)
         member = Member(
             peer,
             heartbeat.tier,
@@ -128,8 +157,8 @@ class Roster:
             min(heartbeat.slot, slot),
             sequence,
             heartbeat.addresses,
-            frozenset(heartbeat.recent),
-            {state.fragment: state for state in heartbeat.anchors},
+            listing.names_heard(before.recent if before else frozenset(), heartbeat),
+            listing.states_heard(before.anchors if before else {}, heartbeat),
             heartbeat.tokens_per_s,
             heartbeat.unreachable_slot,
             heartbeat.loss,
@@ -138,11 +167,55 @@ class Roster:
             undelivered=known.undelivered if known else 0,
             known_slot=known.known_slot if known else slot,
             network=known.network if known else "",
+            greeted_slot=min(heartbeat.slot, slot),
+            every=heartbeat.every,
+            presence=before.presence if before else None,
         )
         if known is not None:
             member.heard_slot = max(member.heard_slot, known.heard_slot)
         self._members[peer] = member
         return member, returned
+
+    def hear_of(self, presence: Presence, slot: int) -> tuple[Member | None, bool]:
+        """Note what a peer says of itself to all, whoever brought it: the member, and whether it is new or came back.
+
+        None if it is no news. On hearsay nobody who is live is forgotten, so that inventing peers displaces nobody.
+        """
+        known = self._members.get(presence.peer)
+        if presence.peer in self.banned or presence.slot + presence.every + limits.ROSTER_LIVE_SLOTS <= slot:
+            return None, False
+        if known is None and len(self._members) >= limits.ROSTER_PEERS_MAX and not self._forget_silent(slot):
+            return None, False
+        last = known.presence if known is not None else None
+        if last is not None and not _follows(presence, last):
+            return None, False
+        returned = known is None or not known.live(slot)
+        if known is None or presence.sequence >> 32 > known.sequence >> 32:  # new, or another incarnation
+            known = Member(
+                presence.peer,
+                presence.tier,
+                ready_slot=-1,
+                heard_slot=-1,
+                merged=known.merged if known else 0,
+                undelivered=known.undelivered if known else 0,
+                known_slot=known.known_slot if known else slot,
+                network=known.network if known else "",
+            )
+            self._members[presence.peer] = known
+        if presence.sequence > known.sequence:
+            known.sequence, known.tier, known.ready_slot = presence.sequence, presence.tier, presence.ready_slot
+            known.unreachable_slot, known.addresses = presence.unreachable_slot, presence.addresses
+            known.every, known.gone = presence.every, presence.gone
+        known.presence, known.heard_slot = presence, max(known.heard_slot, min(presence.slot, slot))
+        self.live_count += returned and known.live(slot)
+        return known, returned and known.live(slot)
+
+    def _forget_silent(self, slot: int) -> bool:
+        """Make room by forgetting whoever was silent for longest; False if all are live."""
+        silent = [member for member in self if not member.live(slot)]
+        if silent:
+            del self._members[min(silent, key=lambda m: m.heard_slot).peer]
+        return bool(silent)
 
     def locate(self, peer: PeerId, network: str) -> None:
         """A peer was seen to be connected from this network of the Internet; empty if it is private."""
@@ -178,8 +251,25 @@ class Roster:
     def live(self, slot: int) -> list[Member]:
         return [member for member in self if member.live(slot)]
 
+    def last_heard(self, count: int) -> list[Member]:
+        """So many of those that did not say goodbye."""
+        known = [member for member in self if not member.gone]
+        return known if len(known) <= count else heapq.nlargest(count, known, key=lambda m: m.heard_slot)
+
+    def some_neighbours(self, count: int, first: int) -> list[PeerId]:
+        """So many of the neighbours, others for another `first`; nobody where heartbeats go to all."""
+        near = self.neighbours or ()
+        return [near[(first + n) % len(near)] for n in range(min(count, len(near)))]
+
+    def speaking(self, slot: int) -> list[Member]:
+        """Those whose heartbeats come here: all live ones, or in a large swarm neighbours."""
+        return [member for member in self if member.speaking(slot)]
+
     def eligible(self, slot: int) -> list[Member]:
         return [member for member in self if member.eligible(slot)]
+
+    def standing(self, slot: int) -> list[Member]:
+        return [member for member in self if member.stands(slot)]
 
     def lapsed(self, slot: int) -> list[Member]:
         """Members that fell silent just now: live one slot ago, not live any more."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from braniac.protocol import committee as seats
 from braniac.protocol import events, limits, messages, statements
-from braniac.protocol.admission import Places
+from braniac.protocol.admission import Places, claimants, known_since
 from braniac.protocol.checking import Checking
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
-from braniac.protocol.messages import Certificate, Commitment, Message, SignedVerdict, Verdict, Vote
-from braniac.protocol.roster import Roster, dialable
+from braniac.protocol.messages import Certificate, Commitment, Message, Presence, SignedVerdict, Verdict, Vote
+from braniac.protocol.roster import Member, Roster, dialable
 from braniac.protocol.round import Phase, SlotRound
 
 
@@ -48,6 +48,10 @@ class Rounds:
         self.ready_slot = -1
         self.unreachable_slot = 0
         """Since when others cannot dial this peer; 0: they can."""
+        self.said: Presence | None = None
+        """The last that this peer has said to all of a large swarm; None: all get its heartbeats."""
+        self._holders: dict[int, int] = {}
+        """slot -> how many peers are expected to hold its fragment and to be ready."""
         self._closed_at = float("-inf")
         self._checking = Checking(identity, manifest.run_id)
 
@@ -56,6 +60,7 @@ class Rounds:
         self.slot = slot
         over = slot - limits.PROPOSAL_OPEN_SLOTS - 1
         self._rounds = {s: r for s, r in self._rounds.items() if s > over}
+        self._holders = {s: n for s, n in self._holders.items() if s > over}
         return over
 
     @property
@@ -89,8 +94,20 @@ class Rounds:
             if peer == self._me:
                 with contextlib.suppress(WireError):  # a full slot: the work is offered again, like anybody's
                     self.note_commitment(commitment)
-            else:
-                self._send(peer, messages.Offer(commitment))
+                continue
+            if self.said is not None:  # a seat that has never heard of a contributor would not sign
+                self._send(peer, messages.Gossip((self.said,)))
+            self._send(peer, messages.Offer(commitment))
+
+    def draws(self, slot: int, peer: PeerId, *, spare: int = 1) -> bool:
+        """Whether a holder of the slot's fragment contributes: of very many a few, or `spare` times as many, by lot."""
+        if slot not in self._holders:
+            fragment = self._manifest.fragment_of(slot)
+            holders = (m for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment))
+            others = claimants(holders, known_since(slot, self._manifest.window))
+            self._holders[slot] = others + self._manifest.holds(self._tier, fragment)
+        places = spare * limits.CONTRIBUTORS_PER_SLOT
+        return seats.drawn(seats.share_lot(self._manifest.run_id, slot, peer), places, self._holders[slot])
 
     def note_commitment(self, commitment: Commitment) -> None:
         """A contribution was announced to this seat. Raises WireError."""
@@ -114,11 +131,14 @@ class Rounds:
         """Whether a contribution of `peer` is taken, as far as this seat decides that."""
         if not current.owned or peer == self._me:
             return True
+        if not self.draws(current.slot, peer, spare=2):  # it may know of fewer peers
+            return False
         wanting = (
             member
             for member in self._roster
             if self._manifest.holds(member.tier, current.fragment)
             and (member.live(current.slot) or member.peer == peer)
+            and self.draws(current.slot, member.peer, spare=2)
         )
         return current.places.admit(peer, wanting, current.commitments)
 
@@ -151,8 +171,9 @@ class Rounds:
         """If this peer owns the slot and it is time, ask for the merge."""
         slot, fragment = current.slot, current.fragment
         holders = [m.peer for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment)]
-        expected = [peer for peer in holders if self._has_place(current, peer)]
-        if self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and slot > self._silent_slot:
+        expected = [peer for peer in holders if self.draws(slot, peer) and self._has_place(current, peer)]
+        mine = self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and slot > self._silent_slot
+        if mine and self.draws(slot, self._me):
             expected.append(self._me)
         if slot <= self.signing_slot and current.may_close(expected, overdue=now >= self._overdue_at(slot)):
             self._close(current)
@@ -256,12 +277,21 @@ class Rounds:
                     self._send(peer, messages.Proposal(current.verdict))
 
     def _committee(self, slot: int) -> tuple[PeerId, ...]:
-        return seats.committee(self._manifest.run_id, slot, self.candidates(slot))
+        return seats.committee(self._manifest.run_id, slot, self._candidates(slot))
 
-    def candidates(self, slot: int) -> list[PeerId]:
-        """Who may have a seat: those that can be dialled. Only if there is nobody like that, all the others."""
-        eligible = {member.peer: member.dialable(slot) for member in self._roster.eligible(slot)}
-        if 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS and slot > self._silent_slot:
+    def _candidates(self, slot: int) -> list[PeerId]:
+        """Who may have a seat."""
+        heard = self.said is None or self.said.slot >= slot - limits.ROSTER_LIVE_SLOTS
+        return self._dialable(self._roster.standing(slot), slot, with_me=heard)
+
+    def taking_part(self, slot: int) -> list[PeerId]:
+        """Who is ready and passes things on."""
+        return self._dialable(self._roster.eligible(slot), slot, with_me=True)
+
+    def _dialable(self, members: Iterable[Member], slot: int, *, with_me: bool) -> list[PeerId]:
+        """Those that can be dialled. Only if there is nobody like that, all the others."""
+        eligible = {member.peer: member.dialable(slot) for member in members}
+        if with_me and 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS and slot > self._silent_slot:
             eligible[self._me] = dialable(self.unreachable_slot, slot)
         return [peer for peer, can_be_dialled in eligible.items() if can_be_dialled] or list(eligible)
 
@@ -276,7 +306,7 @@ class Rounds:
         rivals |= {p for p in signers if p in banned and abs(slot - banned[p].slot) <= self._manifest.window}
         if self._me in signers or dialable(self.unreachable_slot, slot):
             rivals.add(self._me)
-        ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(self.candidates(slot)))
+        ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(self._candidates(slot)))
         enough_seats = len(verdict.committee) >= len(self._committee(slot))
         return enough_seats and signers <= set(ranked[: limits.CERTIFICATE_RANK_MAX])
 

@@ -60,7 +60,7 @@ class Sources:
         verdict = certificate.verdict
         if verdict.slot < now_slot - limits.PROPOSAL_OPEN_SLOTS - 1:
             return _Wait([], 0)  # it has gone round: whoever lists it has it
-        peers = [peer for peer in self._rounds.candidates(verdict.slot) if self._holds(peer, verdict.fragment)]
+        peers = [peer for peer in self._rounds.taking_part(verdict.slot) if self._holds(peer, verdict.fragment)]
         above = ancestors(self._manifest.run_id, verdict.slot, verdict.committee, peers, self._me)
         return _Wait(above, min(len(above) + 1, limits.UPDATE_PATIENCE_REPEATS) if above else 0)
 

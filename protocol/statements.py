@@ -15,13 +15,14 @@ from google.protobuf.message import DecodeError
 from braniac.protocol import limits
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.errors import Refusal, WireError
-from braniac.protocol.fields import digest_of, peer_of, require, signature_of, slot_of
+from braniac.protocol.fields import addresses_of, digest_of, peer_of, require, signature_of, slot_of
 from braniac.protocol.identity import Identity, PeerId, verify
-from braniac.protocol.messages import Certificate, Commitment, Equivocation, Share, SignedVerdict, Verdict
+from braniac.protocol.messages import Certificate, Commitment, Equivocation, Presence, Share, SignedVerdict, Verdict
 
 _COMMITMENT = b"commitment"
 _VERDICT = b"verdict"
-_Statement = TypeVar("_Statement", pb.Commitment, pb.Verdict, pb.Proofs)
+_PRESENCE = b"presence"
+_Statement = TypeVar("_Statement", pb.Commitment, pb.Verdict, pb.Proofs, pb.Presence)
 
 
 def make_commitment(
@@ -91,6 +92,66 @@ def open_certificate(data: bytes, run_id: bytes) -> Certificate:
         return certificate_in(pb.Certificate.FromString(data), run_id)
     except DecodeError as error:
         raise WireError(Refusal.MALFORMED, f"not a certificate ({error})") from None
+
+
+def make_presence(
+    identity: Identity,
+    run_id: bytes,
+    sequence: int,
+    *,
+    slot: int,
+    tier: int,
+    ready_slot: int,
+    unreachable_slot: int,
+    every: int,
+    gone: bool,
+    addresses: tuple[str, ...],
+) -> Presence:
+    """Sign what all are to know of oneself."""
+    body = pb.Presence(
+        peer=identity.peer_id,
+        sequence=sequence,
+        slot=slot,
+        tier=tier,
+        ready_slot=ready_slot,
+        unreachable_slot=unreachable_slot,
+        every=every,
+        gone=gone,
+        addresses=addresses,
+    ).SerializeToString(deterministic=True)
+    signature = identity.sign(_PRESENCE, run_id + body)
+    return Presence(
+        identity.peer_id, sequence, slot, tier, ready_slot, unreachable_slot, every, gone, addresses, body, signature
+    )
+
+
+def presence_out(presence: Presence) -> pb.SignedPresence:
+    """A presence as it travels."""
+    return pb.SignedPresence(body=presence.body, signature=presence.signature)
+
+
+def presence_in(signed: pb.SignedPresence, run_id: bytes) -> Presence:
+    """Check a signed presence. Raises WireError."""
+    body = _parse(pb.Presence, signed.body)
+    peer = peer_of(body.peer)
+    require(body.tier <= limits.TIER_MAX, "no such tier")
+    require(1 <= body.every <= limits.PRESENCE_SLOTS_MAX, "a peer that speaks too seldom")
+    addresses = addresses_of(body.addresses)
+    if not verify(peer, _PRESENCE, run_id + signed.body, signed.signature):
+        raise WireError(Refusal.BAD_SIGNATURE, "a presence that its peer did not sign")
+    return Presence(
+        peer,
+        body.sequence,
+        slot_of(body.slot),
+        body.tier,
+        slot_of(body.ready_slot, -1),
+        slot_of(body.unreachable_slot),
+        body.every,
+        body.gone,
+        addresses,
+        signed.body,
+        signed.signature,
+    )
 
 
 def signed_out(commitment: Commitment) -> pb.SignedCommitment:

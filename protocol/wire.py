@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from braniac.protocol import limits, statements
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.errors import IdentityError, Refusal, WireError
-from braniac.protocol.fields import digest_of, peer_of, require, signature_of, slot_of
+from braniac.protocol.fields import addresses_of, digest_of, peer_of, require, signature_of, slot_of
 from braniac.protocol.identity import Identity, parse_peer_id, verify
 from braniac.protocol.messages import (
     Certificate,
@@ -23,12 +23,14 @@ from braniac.protocol.messages import (
     Equivocation,
     FragmentState,
     Goodbye,
+    Gossip,
     Heartbeat,
     Introduction,
     Message,
     Offer,
     Opened,
     Proposal,
+    RosterRequest,
     Vote,
 )
 
@@ -61,6 +63,10 @@ def seal(identity: Identity, run_id: bytes, sequence: int, message: Message) -> 
         case Introduction():
             peers = [pb.Acquaintance(peer=peer, addresses=addresses) for peer, addresses in message.peers]
             content.introduction.CopyFrom(pb.Introduction(peers=peers))
+        case Gossip(presences):
+            content.gossip.CopyFrom(pb.Gossip(presences=map(statements.presence_out, presences)))
+        case RosterRequest():
+            content.roster_request.SetInParent()
         case Equivocation():
             content.equivocation.CopyFrom(statements.equivocation_out(message))
     data = content.SerializeToString()
@@ -79,6 +85,9 @@ def _heartbeat_out(message: Heartbeat) -> pb.Heartbeat:
         unreachable_slot=message.unreachable_slot,
         loss=message.loss,
         version=message.version,
+        parts=message.parts,
+        every=message.every,
+        known=message.known,
     )
 
 
@@ -125,6 +134,10 @@ def _message_in(content: pb.Content, run_id: bytes) -> Message:
             return Goodbye(slot_of(content.goodbye.slot))
         case "introduction":
             return _introduction_in(content.introduction)
+        case "gossip":
+            return _gossip_in(content.gossip, run_id)
+        case "roster_request":
+            return RosterRequest()
         case "equivocation":
             return statements.equivocation_in(content.equivocation, run_id)
     raise WireError(Refusal.MALFORMED, "an envelope without a known message in it")
@@ -132,35 +145,39 @@ def _message_in(content: pb.Content, run_id: bytes) -> Message:
 
 def _heartbeat_in(message: pb.Heartbeat) -> Heartbeat:
     require(len(message.anchors) <= limits.FRAGMENTS_MAX, "too many fragments")
-    require(message.tier <= 16, "no such tier")
+    require(message.tier <= limits.TIER_MAX, "no such tier")
     require(0 <= message.tokens_per_s < 1e12, "a speed out of range")
     require(0 <= message.loss < 1e6, "a loss out of range")
     require(_VERSION.fullmatch(message.version) is not None, "a version that is none")
+    require(message.parts <= limits.HEARTBEAT_PARTS_MAX, "lists in too many parts")
+    require(message.every <= limits.PRESENCE_SLOTS_MAX, "a peer that speaks too seldom")
+    require(all(f.fragment < limits.FRAGMENTS_MAX for f in message.anchors), "no such fragment")
     anchors = tuple(FragmentState(f.fragment, slot_of(f.slot, -1), digest_of(f.digest)) for f in message.anchors)
     return Heartbeat(
         slot_of(message.slot, -1),
         message.tier,
         slot_of(message.ready_slot, -1),
-        _addresses(message.addresses),
+        addresses_of(message.addresses),
         _names_in(message.recent),
         anchors,
         message.tokens_per_s,
         slot_of(message.unreachable_slot),
         message.loss if message.HasField("loss") else None,
         message.version,
+        message.parts or 1,
+        message.every or 1,
+        message.known,
     )
+
+
+def _gossip_in(message: pb.Gossip, run_id: bytes) -> Gossip:
+    require(1 <= len(message.presences) <= limits.GOSSIP_PRESENCES_MAX, "no presence, or too many")
+    return Gossip(tuple(statements.presence_in(signed, run_id) for signed in message.presences))
 
 
 def _introduction_in(message: pb.Introduction) -> Introduction:
     require(len(message.peers) <= limits.INTRODUCED_MAX, "too many peers at once")
-    return Introduction(tuple((peer_of(p.peer), _addresses(p.addresses)) for p in message.peers))
-
-
-def _addresses(texts: Iterable[str]) -> tuple[str, ...]:
-    found = tuple(texts)
-    require(len(found) <= limits.ADDRESSES_MAX, "too many addresses")
-    require(all(len(a.encode()) <= limits.ADDRESS_BYTES_MAX for a in found), "an address is too long")
-    return found
+    return Introduction(tuple((peer_of(p.peer), addresses_of(p.addresses)) for p in message.peers))
 
 
 def _names_in(names: Iterable[pb.CertificateName]) -> tuple[CertificateName, ...]:

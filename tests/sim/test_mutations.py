@@ -133,7 +133,7 @@ def keep_all_history(patch: Patch) -> None:
 
 
 def download_nothing(patch: Patch) -> None:
-    patch.setattr(Agreement, "review", lambda self, members, now_slot, history: iter(()))
+    patch.setattr(Agreement, "review", lambda self, *said: iter(()))
 
 
 def believe_the_own_clock(patch: Patch) -> None:

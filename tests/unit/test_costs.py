@@ -108,6 +108,11 @@ def test_costs_follow_what_they_depend_on() -> None:
     assert costs_of(run, model, settings, generations=9)[0].disk_bytes > base.disk_bytes
 
 
+def test_in_a_large_swarm_nobody_pays_for_its_size() -> None:
+    run = found("nano-1b")
+    assert slot_bytes(run, 0, 4096) < 1.25 * slot_bytes(run, 0, 64)
+
+
 def test_the_table_for_people_marks_the_tier() -> None:
     every = costs_of(found(), PRESETS["tiny"], TrainSettings())
     header, *rows = costs.table(every, 2).splitlines()

@@ -13,7 +13,7 @@ from braniac.node import identity_file
 from braniac.node import network as network_module
 from braniac.node.clock import SystemClock
 from braniac.node.config import NetworkSection
-from braniac.node.directory import Directory
+from braniac.node.directory import Directory, Record
 from braniac.node.errors import ConfigError, ResourceError
 from braniac.node.network import Network
 from braniac.node.p2pd import P2pdOptions
@@ -260,6 +260,31 @@ async def test_the_directory_may_fail_as_it_likes(
     assert not listed.done()
     assert not knocking.done()
     assert len(answered) > 3
+
+
+async def test_a_long_directory_is_read_seldom(
+    tmp_path: Path, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(MemoryNetwork(), tmp_path / "n")
+    await node.network.start(echo)
+    await node.network.open_directory(RUN)
+    many = {identity(n).peer_id: Record((), 0, 1) for n in range(10 * limits.GREETED_PEERS_MAX)}
+    lives_s: list[float] = []
+
+    async def find(self: Directory) -> dict[PeerId, Record]:
+        return many if lives_s else {}
+
+    async def announce(self: Directory, record: Record, ttl_s: float) -> bool:
+        lives_s.append(ttl_s)
+        return True
+
+    monkeypatch.setattr(Directory, "find", find)
+    monkeypatch.setattr(Directory, "announce", announce)
+    background.run(node.network.keep_listed(0, lambda peer: None))
+    await node.pauses(2)
+    assert 0.7 * 10 <= node.pauses_s[0] <= 1.3 * 10
+    assert 0.7 * 100 <= node.pauses_s[1] <= 1.3 * 100
+    assert lives_s[:2] == [120.0, 1200.0]
 
 
 async def test_loopback_addresses_are_told_to_others_only_if_there_are_no_others(

@@ -22,11 +22,14 @@ from braniac.protocol.messages import (
     Equivocation,
     FragmentState,
     Goodbye,
+    Gossip,
     Heartbeat,
     Introduction,
     Message,
     Offer,
+    Presence,
     Proposal,
+    RosterRequest,
     Share,
     SignedVerdict,
     Verdict,
@@ -81,6 +84,19 @@ def signed_verdict(of: Verdict | None = None, signer: int = 0) -> SignedVerdict:
     return SignedVerdict(PEOPLE[signer].peer_id, of.slot, of.body, signature)
 
 
+def presence(number: int, **changes: Any) -> Presence:
+    values = {
+        "slot": 7,
+        "tier": 1,
+        "ready_slot": -1,
+        "unreachable_slot": 0,
+        "every": 64,
+        "gone": False,
+        "addresses": (),
+    }
+    return statements.make_presence(PEOPLE[number], RUN, 5, **values | changes)
+
+
 MESSAGES: dict[str, Message] = {
     "heartbeat": Heartbeat(
         slot=-1,
@@ -92,6 +108,7 @@ MESSAGES: dict[str, Message] = {
         tokens_per_s=12.5,
         loss=0.0,
         version="1.0.dev3+local",
+        parts=27,
     ),
     "plain heartbeat": Heartbeat(0, 0, -1),
     "offer": Offer(commitment()),
@@ -101,6 +118,8 @@ MESSAGES: dict[str, Message] = {
     "certificate": certificate(),
     "request": CertificateRequest((CertificateName(5, digest("c")),)),
     "goodbye": Goodbye(8),
+    "gossip": Gossip((presence(0), presence(3, gone=True, addresses=("/ip4/10.0.0.1/tcp/1",)))),
+    "roster request": RosterRequest(),
     "equivocation": Equivocation(commitment(), commitment(weight=13)),
     "equivocation of a seat": Equivocation(signed_verdict(), signed_verdict(verdict(update_bytes=56))),
 }
@@ -143,6 +162,9 @@ HEARTBEATS = st.builds(
     anchors=ANCHORS,
     tokens_per_s=st.floats(0, 1e12, exclude_max=True).map(abs),  # no -0.0, which is equal and reads back as 0.0
     unreachable_slot=SLOTS,
+    parts=st.integers(1, limits.HEARTBEAT_PARTS_MAX),
+    every=st.integers(1, limits.PRESENCE_SLOTS_MAX),
+    known=st.integers(0, (1 << 32) - 1),
 )
 COMMITMENTS = st.builds(
     commitment,
@@ -167,8 +189,20 @@ def verdicts(draw: st.DrawFn) -> tuple[Verdict, list[int]]:
     return made, seats
 
 
+PRESENCES = st.builds(
+    presence,
+    PEERS,
+    slot=SLOTS,
+    tier=st.integers(0, limits.TIER_MAX),
+    ready_slot=st.integers(-1, 1 << 50),
+    unreachable_slot=SLOTS,
+    every=st.integers(1, limits.PRESENCE_SLOTS_MAX),
+    gone=st.booleans(),
+    addresses=ADDRESSES,
+)
 ANY_MESSAGE = st.one_of(
     HEARTBEATS,
+    st.builds(Gossip, st.lists(PRESENCES, min_size=1, max_size=4).map(tuple)),
     st.builds(Offer, COMMITMENTS),
     verdicts().map(lambda made: Proposal(made[0])),
     st.builds(Vote, SLOTS, DIGESTS, st.binary(min_size=64, max_size=64)),
@@ -193,7 +227,7 @@ def test_any_bytes_are_refused(data: bytes) -> None:
             read(data, RUN)
 
 
-@given(content=st.binary(max_size=200), kind=st.integers(4, 12))
+@given(content=st.binary(max_size=200), kind=st.integers(4, 14))
 @settings(max_examples=200)
 def test_any_signed_nonsense_is_a_message_or_refused(content: bytes, kind: int) -> None:
     """A peer may sign whatever it likes: the signature is right, the inside is not."""
@@ -257,6 +291,8 @@ def test_statements_that_their_peer_did_not_sign() -> None:
     assert refusal_of(lambda: wire.open_envelope(sealed(Offer(forged)), RUN)) is Refusal.BAD_SIGNATURE
     signed_for_another = Certificate(verdict(), certificate(verdict(update_bytes=56)).signatures)
     assert refusal_of(lambda: wire.open_envelope(sealed(signed_for_another), RUN)) is Refusal.BAD_SIGNATURE
+    invented = replace(presence(1), signature=presence(2).signature)
+    assert refusal_of(lambda: wire.open_envelope(sealed(Gossip((presence(0), invented))), RUN)) is Refusal.BAD_SIGNATURE
     in_a_share = verdict(shares=[Share(forged, 1)])
     assert refusal_of(lambda: wire.open_envelope(sealed(Proposal(in_a_share)), RUN)) is Refusal.BAD_SIGNATURE
 
@@ -275,6 +311,16 @@ def test_certificates_need_a_majority_of_their_own_committee() -> None:
 
 
 MALFORMED: dict[str, Message] = {
+    "gossip of nobody": Gossip(()),
+    "gossip of too many": Gossip((presence(0),) * (limits.GOSSIP_PRESENCES_MAX + 1)),
+    "a presence of no tier": Gossip((presence(0, tier=limits.TIER_MAX + 1),)),
+    "a presence of a slot before all slots": Gossip((presence(0, slot=-1),)),
+    "a presence for ever": Gossip((presence(0, every=limits.PRESENCE_SLOTS_MAX + 1),)),
+    "a presence for no time": Gossip((presence(0, every=0),)),
+    "a presence with too many addresses": Gossip((presence(0, addresses=("a",) * (limits.ADDRESSES_MAX + 1)),)),
+    "a heartbeat once in an age": Heartbeat(0, 0, -1, every=limits.PRESENCE_SLOTS_MAX + 1),
+    "lists in too many parts": Heartbeat(0, 0, -1, parts=limits.HEARTBEAT_PARTS_MAX + 1),
+    "an anchor of no fragment": Heartbeat(0, 0, -1, anchors=(FragmentState(limits.FRAGMENTS_MAX, 0, digest("a")),)),
     "too many addresses": Heartbeat(0, 0, -1, addresses=("a",) * (limits.ADDRESSES_MAX + 1)),
     "a long address": Heartbeat(0, 0, -1, addresses=("a" * (limits.ADDRESS_BYTES_MAX + 1),)),
     "a tier": Heartbeat(0, 17, -1),
