@@ -46,10 +46,11 @@ class Sources:
         wait = self._waits.get(verdict.digest)
         if wait is None:
             wait = self._waits[verdict.digest] = self._begin(certificate, now_slot)
-        patient = wait.repeats > 0
-        wait.repeats -= patient
-        holders = wait.ancestors if patient else self._anybody(certificate, wait.ancestors, now_slot)
-        return BlobWanted(verdict.update_digest, verdict.update_bytes, tuple(holders), patient)
+        if wait.repeats == 0:
+            holders = self._anybody(certificate, wait.ancestors, now_slot)
+            return BlobWanted(verdict.update_digest, verdict.update_bytes, holders)
+        wait.repeats -= 1
+        return BlobWanted(verdict.update_digest, verdict.update_bytes, tuple(wait.ancestors), patient=True)
 
     def forget(self, missing: Iterable[Certificate]) -> None:
         """Drop what is known about all updates but those that are still missing."""
@@ -59,7 +60,7 @@ class Sources:
     def _begin(self, certificate: Certificate, now_slot: int) -> _Wait:
         verdict = certificate.verdict
         if verdict.slot < now_slot - limits.PROPOSAL_OPEN_SLOTS - 1:
-            return _Wait([], 0)  # it has gone round: whoever lists it has it
+            return _Wait([], 0)  # it has gone round long ago: whoever lists it has it
         peers = [peer for peer in self._rounds.taking_part(verdict.slot) if self._holds(peer, verdict.fragment)]
         above = ancestors(self._manifest.run_id, verdict.slot, verdict.committee, peers, self._me)
         return _Wait(above, min(len(above) + 1, limits.UPDATE_PATIENCE_REPEATS) if above else 0)
@@ -68,7 +69,7 @@ class Sources:
         tier = self._rounds.tier_of(peer)
         return tier is not None and self._manifest.holds(tier, fragment)
 
-    def _anybody(self, certificate: Certificate, above: list[PeerId], now_slot: int) -> Iterable[PeerId]:
+    def _anybody(self, certificate: Certificate, above: list[PeerId], now_slot: int) -> tuple[PeerId, ...]:
         """All who should have it, in another order for each peer and update: not all shall turn to the same one."""
         listing = [m.peer for m in self._roster.live(now_slot) if certificate.name in m.recent]
         signers = [peer for peer, _ in certificate.signatures]
@@ -76,4 +77,4 @@ class Sources:
         def lot(peer: PeerId) -> bytes:
             return hashlib.sha256(b"source" + certificate.verdict.digest + self._me + peer).digest()
 
-        return dict.fromkeys([*above, *sorted(listing, key=lot), *sorted(signers, key=lot)])
+        return tuple(dict.fromkeys([*above, *sorted(listing, key=lot), *sorted(signers, key=lot)]))

@@ -358,7 +358,7 @@ def test_braniacs_bytes_are_its_payloads_and_its_updates(
     swarm = Braniac(plan, corpus)
     payloads: list[int] = []
     updates: list[int] = []
-    deliver, settle = swarm.deliver, swarm._settle
+    deliver, settle = swarm.deliver, swarm.settle
 
     def noting(slot: int, offers: Any) -> Any:
         found = deliver(slot, offers)
@@ -370,7 +370,7 @@ def test_braniacs_bytes_are_its_payloads_and_its_updates(
         settle(slot, merged, offers)
 
     monkeypatch.setattr(swarm, "deliver", noting)
-    monkeypatch.setattr(swarm, "_settle", noting_update)
+    monkeypatch.setattr(swarm, "settle", noting_update)
     swarm.run()
     assert len(payloads) == peers * PLAN.windows * PLAN.fragments
     # Three seats get every payload but their own.
