@@ -49,5 +49,12 @@ def states_heard(known: dict[int, FragmentState], heartbeat: Heartbeat) -> dict[
     return {fragment: state for fragment, state in known.items() if fragment not in had_turn} | heard
 
 
+def complete_from(known: int | None, heartbeat: Heartbeat, slot: int) -> int:
+    """The slot from which a peer's lists are complete; `known`: as of its heartbeat before, None if there was none."""
+    if heartbeat.parts == 1:
+        return min(heartbeat.slot, slot) if known is None else min(known, heartbeat.slot, slot)
+    return slot + heartbeat.parts - 1 if known is None else known
+
+
 def _due(at: int, number: int, slot: int, parts: int) -> bool:
     return at > slot - limits.HEARTBEAT_FRESH_SLOTS or number % parts == slot % parts
