@@ -37,8 +37,7 @@ class Agreement:
         self._manifest = manifest
         self._me = me
         self._held = held
-        self._parts = listing.parts_of(manifest)
-        self._patience_slots = max(_UNHELD_SLOTS, self._parts)
+        self._patience_slots = max(_UNHELD_SLOTS, listing.parts_of(manifest))
         """After so long whoever is heard has listed all its anchors, whatever was lost."""
         self._strikes: dict[int, set[int]] = defaultdict(set)
         self._asked: dict[int, int] = {}
@@ -109,8 +108,16 @@ class Agreement:
 
     def _unheld(self, fragment: int, voices: list[Member], now_slot: int) -> bool:
         """Whether a fragment is missing here and nobody has spoken of it for long enough to be sure."""
-        patient = self._first_heard is not None and now_slot >= self._first_heard + self._patience_slots
-        return patient and fragment not in self.mine and not self._claims(fragment, voices, now_slot)
+        if fragment in self.mine or not self._heard_out(voices, now_slot, _UNHELD_SLOTS):
+            return False
+        return not self._claims(fragment, voices, now_slot)
+
+    def _heard_out(self, voices: list[Member], now_slot: int, slots: int) -> bool:
+        """Whether others had so many slots to speak up, and those that did have listed all that they hold."""
+        if self._first_heard is None or now_slot < self._first_heard + slots:
+            return False
+        patient = now_slot >= self._first_heard + self._patience_slots
+        return patient or all(member.lists_from <= now_slot for member in voices)
 
     def _choose(self, fragment: int, voices: list[Member], now_slot: int, history: History) -> FragmentState | None:
         """The state to download, or None if ours is fine or it is too early to tell."""
@@ -123,10 +130,10 @@ class Agreement:
                 return None
         claims = self._claims(fragment, voices, now_slot)
         if mine is None:
-            return self._agreed(claims, now_slot)
+            return self._agreed(claims, voices, now_slot)
         if mine.slot <= now_slot - history.horizon:
             # Too long ago to be repaired by certificates.
-            return self._agreed({s: n for s, n in claims.items() if s.slot > mine.slot}, now_slot)
+            return self._agreed({s: n for s, n in claims.items() if s.slot > mine.slot}, voices, now_slot)
         if _rivals(mine, claims):  # seldom: only then is it worth going through the lists
             if history.applying(fragment):
                 return None
@@ -135,11 +142,9 @@ class Agreement:
             return self._judge(mine, claims, silent)
         return self._judge(mine, claims, 0)
 
-    def _agreed(self, claims: dict[FragmentState, int], now_slot: int) -> FragmentState | None:
+    def _agreed(self, claims: dict[FragmentState, int], voices: list[Member], now_slot: int) -> FragmentState | None:
         """The state to believe: two peers must agree, unless more had time to speak and there is still only one."""
-        alone = (
-            self._first_heard is not None and self._first_heard + self._parts <= now_slot and sum(claims.values()) == 1
-        )
+        alone = sum(claims.values()) == 1 and self._heard_out(voices, now_slot, 1)
         agreed = [state for state, count in claims.items() if count >= (1 if alone else 2)]
         return max(agreed, key=lambda s: (claims[s], s.slot, s.digest), default=None)
 

@@ -21,12 +21,14 @@ def parts_of(manifest: Manifest) -> int:
 
 def named(names: Iterable[CertificateName], slot: int, parts: int) -> tuple[CertificateName, ...]:
     """Those of `names` that the heartbeat of `slot` lists."""
-    return tuple(name for name in names if _due(name.slot, name.slot, slot, parts))
+    fresh, turn = slot - limits.HEARTBEAT_FRESH_SLOTS, slot % parts
+    return tuple(name for name in names if name.slot > fresh or name.slot % parts == turn)
 
 
 def stated(states: Iterable[FragmentState], slot: int, parts: int) -> tuple[FragmentState, ...]:
     """Those of `states` that the heartbeat of `slot` lists."""
-    return tuple(state for state in states if _due(state.slot, state.fragment, slot, parts))
+    fresh, turn = slot - limits.HEARTBEAT_FRESH_SLOTS, slot % parts
+    return tuple(state for state in states if state.slot > fresh or state.fragment % parts == turn)
 
 
 def names_heard(known: frozenset[CertificateName], heartbeat: Heartbeat) -> frozenset[CertificateName]:
@@ -49,5 +51,8 @@ def states_heard(known: dict[int, FragmentState], heartbeat: Heartbeat) -> dict[
     return {fragment: state for fragment, state in known.items() if fragment not in had_turn} | heard
 
 
-def _due(at: int, number: int, slot: int, parts: int) -> bool:
-    return at > slot - limits.HEARTBEAT_FRESH_SLOTS or number % parts == slot % parts
+def complete_from(known: int | None, heartbeat: Heartbeat, slot: int) -> int:
+    """The slot from which a peer's lists are complete; `known`: as of its heartbeat before, None if there was none."""
+    if heartbeat.parts == 1:
+        return min(heartbeat.slot, slot)
+    return slot + heartbeat.parts - 1 if known is None else known

@@ -79,6 +79,8 @@ class Member:
     """The network of the Internet from which it is connected; empty if that is unknown or private."""
     greeted_slot: int | None = None
     """Slot that its last heartbeat to this peer speaks of."""
+    lists_from: int = 0
+    """Slot from which what it was heard to list is all that it lists."""
     every: int = 1
     """It says to all that it is there at least once in so many slots."""
     presence: Presence | None = None
@@ -168,6 +170,7 @@ class Roster:
             known_slot=known.known_slot if known else slot,
             network=known.network if known else "",
             greeted_slot=min(heartbeat.slot, slot),
+            lists_from=listing.complete_from(before.lists_from if before and not returned else None, heartbeat, slot),
             every=heartbeat.every,
             presence=before.presence if before else None,
         )

@@ -70,6 +70,31 @@ def test_what_is_fresh_is_in_every_heartbeat(
     assert {s for s in given_states.values() if s.slot > slot - FRESH} <= set(heartbeat.anchors)
 
 
+def test_when_the_lists_of_a_peer_are_complete() -> None:
+    roster = Roster()
+    member, _ = roster.hear(ALICE, say(50, set(), {}, 6), 50, 1)
+    assert member.lists_from == 55
+    member, _ = roster.hear(ALICE, say(51, set(), {}, 6), 51, 2)
+    assert member.lists_from == 55
+    member, _ = roster.hear(ALICE, say(52, set(), {}, 1), 52, 3)
+    assert member.lists_from <= 52
+    member, _ = roster.hear(ALICE, say(53, set(), {}, 6), 53, 4)
+    assert member.lists_from <= 52
+    member, _ = roster.hear(ALICE, say(54, set(), {}, 6), 54, 1 << 32)
+    assert member.lists_from == 59, "it was restarted"
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_a_joiner_of_two_does_not_wait_for_all_parts() -> None:
+    """Its greeting is answered with whole lists."""
+    pair = Swarm([0, 0])
+    pair.peers[0].found()
+    pair.run(2 * WINDOW)
+    pair.peers[1].join()
+    pair.run(2)
+    assert pair.peers[1].engine.ready
+
+
 def test_a_restarted_peer_has_forgotten_what_it_said() -> None:
     roster = Roster()
     roster.hear(ALICE, say(50, {name(3), name(4)}, {3: state(3, 3)}, 1), 50, 1 << 32)
@@ -97,13 +122,16 @@ def test_lists_of_short_runs_are_whole_and_of_long_ones_short() -> None:
 
 
 @pytest.fixture
-def swarm(monkeypatch: pytest.MonkeyPatch) -> Swarm:
-    """Its lists come in four parts."""
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of the harness's run come in four parts."""
     monkeypatch.setattr(limits, "HEARTBEAT_ENTRIES", 4)
     monkeypatch.setattr(limits, "HEARTBEAT_FRESH_SLOTS", 2)
-    swarm = Swarm.running([0] * 4)
-    assert listing.parts_of(swarm.manifest) == 4
-    return swarm
+    assert listing.parts_of(make_manifest()) == 4
+
+
+@pytest.fixture
+def swarm(in_parts: None) -> Swarm:
+    return Swarm.running([0] * 4)
 
 
 def test_a_swarm_whose_heartbeats_are_parts_agrees(swarm: Swarm) -> None:
