@@ -258,9 +258,20 @@ def claim_rows(results: Path) -> Iterator[tuple[str, ...]]:
     for claim in CLAIMS:
         shown = [(folder, figure) for folder in folders(results, claim.kind) if (figure := claim.figure(folder))]
         for folder, figure in shown:
+            if folder.about["options"]["quick"]:
+                figure += "; a quick run, too short to judge"
             yield claim.text, f"`{claim.script}` ([{folder.path.name}](#{folder.path.name}))", figure
         if not shown:
             yield claim.text, f"`{claim.script}`", "**not measured yet**"
+
+
+def extent(folder: Folder, kind: str) -> str:
+    """How much was trained, of what was simulated."""
+    if folder.about["plan"] is None:
+        return ""
+    plan, seeds = folder.about["plan"], {row["seed"] for row in folder.rows(kind) if "seed" in row}
+    tokens = plan["windows"] * plan["steps"] * folder.tokens_per_step
+    return f"{folder.parameters:,} parameters, {tokens:,} tokens per peer, {len(seeds) or 1} seed(s)."
 
 
 def section(part: Section, results: Path) -> Iterator[str]:
@@ -270,7 +281,8 @@ def section(part: Section, results: Path) -> Iterator[str]:
         about = folder.about
         yield f"### {folder.path.name}\n"
         yield f"`{about['command']}`\n"
-        yield f"{about['date'][:10]}, commit {about['commit'][:12]}, {about['machine']}, torch {about['torch']}.\n"
+        yield f"{about['date'][:10]}, commit {about['commit'][:12]}, {about['machine']}, torch {about['torch']}."
+        yield f"{extent(folder, part.kind)}\n"
         yield "\n".join(part.table(folder)) + "\n"
     for picture in part.pictures if found else ():
         yield f"![{picture.replace('_', ' ')}](../benchmarks/results/{picture}.png)\n"

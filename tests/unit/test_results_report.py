@@ -30,7 +30,12 @@ def write(root: Path, folder: str, name: str, header: tuple[str, ...], *rows: tu
     path = root / folder
     path.mkdir(parents=True, exist_ok=True)
     about = {"date": "2026-11-22T12:00:00+00:00", "command": "python benchmarks/x.py --quick", "commit": "abc"}
-    about |= {"machine": "a machine", "torch": "2", "plan": asdict(Plan(config=MICRO))}
+    about |= {
+        "machine": "a machine",
+        "torch": "2",
+        "plan": asdict(Plan(config=MICRO)),
+        "options": {"quick": folder == "drops"},
+    }
     (path / "about.json").write_text(json.dumps(about))
     with (path / f"{name}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
@@ -64,7 +69,9 @@ def test_every_figure_of_the_report_comes_from_the_tables(results: Path) -> None
     assert "| diloco | 2.100 ± 0.141 | 4 kB | 4 kB | 1, 1 |" in text
     assert "| muloco | diverged |" in text
     assert "loss +5.0% against diloco, with 1/100 of its bytes" in text
-    assert "loss +12.5% when 25% of the peers drop out" in text
+    assert "loss +12.5% when 25% of the peers drop out of every exchange; a quick run, too short to judge |" in text
+    assert "a quick run" not in text.replace("exchange; a quick run", "")
+    assert "81,920 parameters, 7,680 tokens per peer, 2 seed(s)." in text
     assert "busiest second 2.0 times the mean" in text
     assert "full-width loss -5.00% against 2 full peers alone (2_full_6_half)" in text
     assert "| hivemind_float16 | 1.5 s | 3 kB | 3 | 0.70 s | 3 hung | - |" in text
