@@ -107,6 +107,15 @@ def test_results_of_unknown_origin_are_named(results: Path) -> None:
         tables.folders(results, "drops")
 
 
+def test_results_without_their_command_are_named(results: Path) -> None:
+    path = results / "drops" / "about.json"
+    about = json.loads(path.read_text())
+    del about["command"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"about.json does not say command: add it"):
+        tables.folders(results, "drops")
+
+
 def test_without_matplotlib_a_sentence_says_what_to_install(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match="pip install"):
