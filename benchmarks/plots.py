@@ -54,12 +54,14 @@ def draw_course(
 ) -> None:
     """Loss of all methods against something that grows in a run."""
     axes = figure.add_subplot()
-    for folder in measured(results, "loss_bytes_course"):
+    found = measured(results, "loss_bytes_course")
+    for folder in found:
+        of_run = f" ({folder.path.name})" if len(found) > 1 else ""
         for method, points in course(folder):
             x = [place(folder, method, rows[0]) for rows in points]
             y = [mean(rows, "loss") for rows in points]
             ours = method.startswith("braniac")
-            axes.plot(x, y, marker="o" if ours else ".", linewidth=2.2 if ours else 1, label=method)
+            axes.plot(x, y, marker="o" if ours else ".", linewidth=2.2 if ours else 1, label=method + of_run)
     axes.set_xscale(scale)
     axes.set_xlabel(label)
     axes.set_ylabel("held-out loss, nats per byte")

@@ -17,6 +17,9 @@ from braniac.model.fragments import fragment_table
 
 Row = Mapping[str, str]
 
+ABOUT = ("date", "command", "commit", "machine", "torch", "plan", "options")
+"""What must be known of a folder."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -52,9 +55,12 @@ def folders(root: Path, name: str) -> list[Folder]:
     found = []
     for path in sorted(file.parent for file in root.glob(f"*/{name}.csv")):
         try:
-            found.append(Folder(path, json.loads((path / "about.json").read_text("utf-8"))))
+            about = json.loads((path / "about.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} holds results without a readable about.json: {error}") from None
+        if missing := [key for key in ABOUT if key not in about]:
+            raise ValueError(f"{path / 'about.json'} does not say {', '.join(missing)}: add it, or run again")
+        found.append(Folder(path, about))
     return found
 
 

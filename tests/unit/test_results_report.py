@@ -30,7 +30,12 @@ def write(root: Path, folder: str, name: str, header: tuple[str, ...], *rows: tu
     path = root / folder
     path.mkdir(parents=True, exist_ok=True)
     about = {"date": "2026-11-22T12:00:00+00:00", "command": "python benchmarks/x.py --quick", "commit": "abc"}
-    about |= {"machine": "a machine", "torch": "2", "plan": asdict(Plan(config=MICRO))}
+    about |= {
+        "machine": "a machine",
+        "torch": "2",
+        "plan": asdict(Plan(config=MICRO)),
+        "options": {"quick": folder == "drops"},
+    }
     (path / "about.json").write_text(json.dumps(about))
     with (path / f"{name}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
@@ -64,7 +69,9 @@ def test_every_figure_of_the_report_comes_from_the_tables(results: Path) -> None
     assert "| diloco | 2.100 ± 0.141 | 4 kB | 4 kB | 1, 1 |" in text
     assert "| muloco | diverged |" in text
     assert "loss +5.0% against diloco, with 1/100 of its bytes" in text
-    assert "loss +12.5% when 25% of the peers drop out" in text
+    assert "loss +12.5% when 25% of the peers drop out of every exchange; a quick run, too short to judge |" in text
+    assert "a quick run" not in text.replace("exchange; a quick run", "")
+    assert "81,920 parameters, 7,680 tokens per peer, 2 seed(s)." in text
     assert "busiest second 2.0 times the mean" in text
     assert "full-width loss -5.00% against 2 full peers alone (2_full_6_half)" in text
     assert "| hivemind_float16 | 1.5 s | 3 kB | 3 | 0.70 s | 3 hung | - |" in text
@@ -97,6 +104,15 @@ def test_who_trains_while_sending_waits_for_the_longer_of_the_two() -> None:
 def test_results_of_unknown_origin_are_named(results: Path) -> None:
     (results / "drops" / "about.json").write_text("no")
     with pytest.raises(ValueError, match=r"drops holds results without a readable about.json"):
+        tables.folders(results, "drops")
+
+
+def test_results_without_their_command_are_named(results: Path) -> None:
+    path = results / "drops" / "about.json"
+    about = json.loads(path.read_text())
+    del about["command"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"about.json does not say command: add it"):
         tables.folders(results, "drops")
 
 

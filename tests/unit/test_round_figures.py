@@ -16,9 +16,13 @@ import torch
 from hivemind.compression import CompressionInfo
 from hivemind.compression.quantization import Uniform8BitQuantization
 
+from live import hivemind_group
+from live.daemons import longest_gap
+from live.usage import Failed, loopback_bytes
+
 
 def failing() -> dict[str, Any]:
-    raise averaging.Failed("nobody came")
+    raise Failed("nobody came")
 
 
 def test_what_could_not_be_measured_has_no_figures() -> None:
@@ -31,8 +35,8 @@ def test_figures_are_given_per_parameter() -> None:
 
 
 def test_the_longest_gap_is_counted_in_slots() -> None:
-    assert averaging.longest_gap([True, False, False, True, False]) == 2
-    assert averaging.longest_gap([True, True]) == 0
+    assert longest_gap([True, False, False, True, False]) == 2
+    assert longest_gap([True, True]) == 0
 
 
 def test_an_unknown_codec_is_refused() -> None:
@@ -42,10 +46,10 @@ def test_an_unknown_codec_is_refused() -> None:
 
 
 def test_bytes_on_loopback_are_counted() -> None:
-    assert averaging.loopback_bytes() >= 0
+    assert loopback_bytes() >= 0
 
 
-class Saved(averaging.HivemindPeer):
+class Saved(hivemind_group.HivemindPeer):
     """A stand-in for a peer, which holds given values."""
 
     def __init__(self, values: list[float]) -> None:
@@ -59,7 +63,7 @@ class Saved(averaging.HivemindPeer):
 
 
 def test_agreement_leaves_room_for_rounding() -> None:
-    assert averaging.agree_percent([Saved([1, -1, 1, -1]), Saved([1.01, -1, 1, 1])]) == 75
+    assert hivemind_group.agree_percent([Saved([1, -1, 1, -1]), Saved([1.01, -1, 1, 1])]) == 75
 
 
 def test_a_peer_that_ends_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,12 +73,12 @@ def test_a_peer_that_ends_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         return popen([sys.executable, "-c", code], **options)
 
     popen = subprocess.Popen
-    monkeypatch.setattr(averaging.subprocess, "Popen", start)
-    peer = averaging.HivemindPeer("tiny", "float16", 0, [])
+    monkeypatch.setattr(hivemind_group.subprocess, "Popen", start)
+    peer = hivemind_group.HivemindPeer("tiny", "float16", 0, [])
     try:
-        assert averaging.expect(peer, "addresses", 60) == {"addresses": ["a"]}
-        with pytest.raises(averaging.Failed, match="exit code 0"):
-            averaging.expect(peer, "seconds", 60)
+        assert hivemind_group.expect(peer, "addresses", 60) == {"addresses": ["a"]}
+        with pytest.raises(Failed, match="exit code 0"):
+            hivemind_group.expect(peer, "seconds", 60)
     finally:
         peer.stop()
 
