@@ -59,7 +59,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--batch", type=_positive, default=8, help="windows of text per step")
     made.add_argument("--fragments", type=_positive, default=8, help="for methods that send parts in turn")
     made.add_argument("--up", type=_up_to(TILE), default=64, help="Braniac: values of 4096 that a peer sends")
-    made.add_argument("--down", type=_up_to(TILE), default=256, help="Braniac: values of 4096 in a merged update")
+    made.add_argument("--down", type=_up_to(TILE), default=512, help="Braniac: values of 4096 in a merged update")
     made.add_argument("--coverage", type=int, default=1, choices=(0, 1, 2), help="Braniac: normaliser, see merge.py")
     made.add_argument("--constant", action="store_true", help="learning rates do not fall at the end")
     made.add_argument("--quick", action="store_true", help="a small model, one seed, few steps: under a minute")
