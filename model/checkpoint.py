@@ -45,7 +45,17 @@ def to_safetensors(
         "matformer_base_intermediate_size": str(config.intermediate_size),
     }
     on_disk = {name: _turned(name, tensor.detach()).contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(on_disk, metadata)
+    return _in_order(safetensors.torch.save(on_disk, metadata))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with its metadata sorted. The library shuffles them, and equal weights have to give equal bytes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = text.ljust(-len(text) % 8 + len(text))  # as the library aligns it
+    return b"".join((len(padded).to_bytes(8, "little"), padded, memoryview(data)[end:]))
 
 
 def from_safetensors(data: bytes) -> tuple[dict[str, Tensor], Metadata]:
