@@ -9,7 +9,7 @@ import numpy as np
 
 from braniac.model.fragments import fragment_table
 from braniac.node import bridge
-from braniac.protocol import codec
+from braniac.protocol import codec, limits
 from braniac.protocol.codec import CodecRules, TileLayout
 from outer.swarm import TILE, Plan
 
@@ -45,12 +45,13 @@ def plan_with(plan: Plan, per_tile: int) -> Plan:
 def expected_bytes(plan: Plan) -> float:
     """Uplink of Braniac per peer in a whole run, for values that are independent noise.
 
-    Who owns a slot sends itself nothing: of R peers R - 1 send a contribution, and R - 1 updates are sent.
+    Each seat of a slot pulls the contributions of all others; updates go to those that have no seat.
     """
     layouts = [spec.layout for spec in bridge.fragment_specs(fragment_table(plan.config, plan.fragments))]
-    sent = sum(_noise_bytes(layout, rules) for layout in layouts for rules in (plan.up, plan.down))
+    up, down = (sum(_noise_bytes(layout, rules) for layout in layouts) for rules in (plan.up, plan.down))
     peers = len(plan.tiers)
-    return plan.windows * sent * (peers - 1) / peers
+    seats = min(limits.COMMITTEE_SIZE, peers)
+    return plan.windows * (seats * (peers - 1) * up + (peers - seats) * down) / peers
 
 
 def _noise_bytes(layout: TileLayout, rules: CodecRules) -> int:

@@ -52,6 +52,7 @@ def test_loss_and_bytes_of_every_method_are_printed_and_kept(
 ) -> None:
     folder = tmp_path / "results"
     options = ("--quick", "--json", "--data", text, "--results", folder, "--outer-rates", "braniac=1,2")
+    options += ("--down", "256")  # more would not fit the few bytes of DisTrO
     assert started(monkeypatch, loss_bytes, *options) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(report["methods"]) == 10 + 3
