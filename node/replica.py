@@ -181,8 +181,8 @@ class Replica:
         anchor = bridge.anchor_from_bytes(data, cut.size)
         if int(abs(anchor.astype("i8")).max()) > limits.ANCHOR_MAX:
             raise WireError(Refusal.MALFORMED, "a downloaded anchor holds values out of range")
-        weights = bridge.to_weights(anchor)
-        await self.trainer.call(lambda trainer: trainer.load_fragment(cut, weights))
+        await self.trainer.call(functools.partial(_load, cut, bridge.to_weights(anchor)))
+        await self.trainer.call(lambda trainer: self.trainer.compare_anew())
         self.anchors[state.fragment] = state
         self.parts.pop(state.fragment, None)
         self._moved.discard(state.fragment)

@@ -196,8 +196,14 @@ class TrainerThread:
     def start_over(self) -> None:
         """Good weights were loaded: train on, without what the optimizer remembers. Call it from a job."""
         self._trainer.optimizer.forget()
-        self._diverged_in_a_row = self._jumped_in_a_row = 0
-        self.progress = replace(self.progress, loss=None, stalled=False)
+        self._diverged_in_a_row = 0
+        self.progress = replace(self.progress, stalled=False)
+        self.compare_anew()
+
+    def compare_anew(self) -> None:
+        """Other weights were loaded: earlier losses say nothing about the next ones. Call it from a job."""
+        self._jumped_in_a_row = 0
+        self.progress = replace(self.progress, loss=None)
 
 
 def _nothing() -> None:

@@ -169,6 +169,26 @@ async def test_it_stalls_when_the_loss_has_jumped_and_stays_there(
     assert not thread.progress.stalled
 
 
+async def test_after_other_weights_a_higher_loss_is_no_jump(
+    trainer: Trainer, thread: TrainerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, loss = trainer.step, 0.3
+
+    def learned_by_heart() -> StepResult:
+        return replace(step(), loss=loss, widths=trainer.model.neurons)
+
+    monkeypatch.setattr(trainer, "step", learned_by_heart)
+    thread.train()
+    await steps_reach(thread, 20)
+    thread.pause()
+    await thread.call(lambda trainer: thread.compare_anew())
+    loss = 4.0
+    thread.train()
+    await steps_reach(thread, 40)
+    assert not thread.progress.stalled
+    assert thread.progress.loss == pytest.approx(4.0)
+
+
 async def test_starting_over_forgets_the_optimizer(trainer: Trainer, thread: TrainerThread) -> None:
     thread.train()
     await steps_reach(thread, 2)
