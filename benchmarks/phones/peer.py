@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -46,7 +47,6 @@ class Phone:
         self.applied_s: dict[int, float] = {}
         """slot -> when its update was in the anchor."""
         self.refused: list[Refusal] = []
-        self._waiters: dict[bytes, list[Callable[[], None]]] = {}
         self._fetching: set[bytes] = set()
         self._downloads: list[events.FragmentLost] = []
         self._downloading = 0
@@ -135,7 +135,6 @@ class Phone:
         )
         self.blobs.add(merged.digest)
         self.swarm.kinds[merged.digest] = "updates"
-        self._tell_waiters(merged.digest)
         return merged
 
     def _apply(self, due: events.UpdateDue) -> None:
@@ -181,57 +180,60 @@ class Phone:
             self._fetching.discard(digest)
             if ok:
                 self.blobs.add(digest)
-                self._tell_waiters(digest)
             self.engine.blob_fetched(digest, ok, self.swarm.time.now)
 
         kind = self.swarm.kinds[digest]
-        holders = self.swarm.order(self, wanted) if kind == "updates" else wanted.holders
-        self._pull(list(holders), wanted.size, kind, done, digest)
+        self._pull(wanted.holders, wanted.size, kind, done, digest, patient=wanted.patient)
 
-    def _tell_waiters(self, digest: bytes) -> None:
-        for tell in self._waiters.pop(digest, ()):
-            self.swarm.time.later(0.0, tell)
+    def _pull(
+        self,
+        holders: Sequence[PeerId],
+        size: int,
+        kind: str,
+        done: Done,
+        digest: bytes | None = None,
+        *,
+        patient: bool = False,
+    ) -> None:
+        """Ask the holders in turn, each until its patience is over; anchors are with whoever said so.
 
-    def when_here(self, digest: bytes, tell: Callable[[], None]) -> None:
-        """Call once this blob can be had here; never if it does not come."""
-        if digest in self.blobs:
-            return tell()
-        self._waiters.setdefault(digest, []).append(tell)
-
-    def _pull(self, holders: Sequence[PeerId], size: int, kind: str, done: Done, digest: bytes | None = None) -> None:
-        """Ask the holders in turn, each until its patience is over; anchors are with whoever said so."""
+        `patient`: who does not have it yet is asked again with the engine's next repeat, as nodes do.
+        """
         if not holders:
             return self._later(0.0, lambda: done(False))
         source = self.swarm.by_id.get(holders[0])
         attempt = {"begun": False, "over": False}
 
-        def give_up() -> None:
-            if not attempt["begun"] and not attempt["over"]:
-                attempt["over"] = True
-                self._pull(holders[1:], size, kind, done, digest)
-
         def fail() -> None:
             if not attempt["over"]:
                 attempt["over"] = True
-                self._pull(holders[1:], size, kind, done, digest)
+                self._pull(holders[1:], size, kind, done, digest, patient=patient)
+
+        def give_up() -> None:
+            if not attempt["begun"]:
+                fail()
+
+        def not_there() -> None:
+            if not patient:
+                fail()
+            elif not attempt["over"] and self.alive:
+                attempt["over"] = True
+                self._later(0.0, lambda: done(False))
 
         def finish() -> None:
             if not attempt["over"]:
                 attempt["over"] = True
                 done(True)
 
-        def begin() -> None:
-            if not attempt["over"] and self.alive:
-                attempt["begun"] = True
-                assert source is not None
-                _Transfer(self, source, size, kind, finish, fail)
-
         self._later(PATIENCE_S, give_up)
-        if source is not None and source.alive:
-            if digest is None:
-                begin()
-            else:
-                source.when_here(digest, begin)
+        if source is None or not source.alive:
+            return
+        if digest is None or digest in source.blobs:
+            attempt["begun"] = True
+            _Transfer(self, source, size, kind, finish, fail)
+        else:
+            answer = functools.partial(source.link.send, self.link, REPLY_BYTES, kind, not_there)
+            self.link.send(source.link, ASK_BYTES, kind, answer)
 
 
 class _Transfer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from unittest import mock
 
-from braniac.protocol import committee, events, limits, statements, wire
+from braniac.protocol import limits, statements, wire
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
@@ -20,19 +20,15 @@ from phones.run import Sizes
 
 AGE_WINDOWS = 6  # of the run when the simulation begins
 BOOTSTRAP_PEERS = 4  # that a newcomer knows
-TREE_ARITY = 2
 
 
 class Swarm:
     """A swarm that has run for long: everybody knows everybody, holds everything and has all certificates."""
 
-    def __init__(
-        self, manifest: Manifest, sizes: Sizes, peers: int, *, churn_per_h: float, tree: bool, seed: int
-    ) -> None:
-        """`churn_per_h`: share of the peers that vanish per hour, each followed by a newcomer. `tree`: see `order`."""
+    def __init__(self, manifest: Manifest, sizes: Sizes, peers: int, *, churn_per_h: float, seed: int) -> None:
+        """`churn_per_h`: share of the peers that vanish per hour, each followed by a newcomer."""
         self.manifest = manifest
         self.sizes = sizes
-        self.tree = tree
         self.rng = random.Random(seed)
         self.first_slot = AGE_WINDOWS * manifest.window
         self.time = Time(manifest.slot_start(self.first_slot) - 0.5 * manifest.slot_s)
@@ -43,7 +39,6 @@ class Swarm:
         self.departures = 0
         self._presence_in = _shared(statements.presence_in)
         self._open = functools.lru_cache(maxsize=1 << 16)(wire.open_envelope)  # many receive the same bytes
-        self._trees: dict[int, list[PeerId]] = {}
         self._lifetime_s = 3600 / churn_per_h / peers if churn_per_h else float("inf")
         self.phones: list[Phone] = []
         self.by_id: dict[PeerId, Phone] = {}
@@ -154,22 +149,6 @@ class Swarm:
                 target.receive(data)
 
         source.link.send(target.link, len(data) + 4, kind, arrive)
-
-    def order(self, phone: Phone, wanted: events.BlobWanted) -> Sequence[PeerId]:
-        """Whom to ask for an update: the owner first, or with `tree` whoever stands above in a tree below the owner."""
-        owner = wanted.holders[0]
-        if not self.tree:
-            return wanted.holders
-        slot = self.manifest.slot_at(self.time.now)
-        if slot not in self._trees:
-            self._trees[slot] = committee.ranking(self.manifest.run_id, slot, [p.id for p in self.alive])
-        ranked = [owner, *(peer for peer in self._trees[slot] if peer != owner)]
-        place = ranked.index(phone.id) if phone.id in ranked else len(ranked)
-        above = []
-        while place:
-            place = (place - 1) // TREE_ARITY
-            above.append(ranked[place])
-        return above
 
 
 def _shared(
