@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import pytest
 
@@ -10,23 +10,12 @@ from braniac.protocol import events, statements
 from braniac.protocol.merge import Merged
 from braniac.protocol.messages import Equivocation
 from tests.sim.node import Life, Machine
+from tests.sim.stories import life_of, tell
 from tests.sim.training import FRAGMENTS
-from tests.sim.world import Plan, World, identity, simulate
+from tests.sim.world import World, identity
 from tests.unit.swarm_checks import one_more
 
 WINDOW = FRAGMENTS
-
-
-def tell(story: Callable[[World], Awaitable[None]], *tiers: int) -> None:
-    outcome = simulate(Plan(1, tiers), story)
-    assert not outcome.violations
-    assert not outcome.stuck
-
-
-def life_of(machine: Machine) -> Life:
-    assert machine.life is not None
-    assert machine.life.daemon is not None
-    return machine.life
 
 
 def merge_wrongly(life: Life) -> Callable[[], None]:

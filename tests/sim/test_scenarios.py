@@ -6,32 +6,20 @@ all checkers watch all the time. What becomes of work is said, and tested, in ea
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import pytest
 
 from braniac.protocol import limits
 from braniac.protocol.round import Phase, SlotRound
 from tests.sim.faults import HOUR_S
-from tests.sim.node import Life, Machine
+from tests.sim.node import Machine
+from tests.sim.stories import life_of, tell
 from tests.sim.training import FRAGMENT_TABLE, FRAGMENTS
-from tests.sim.world import Outcome, Plan, World, simulate
+from tests.sim.world import World
 
 WINDOW = FRAGMENTS
 HORIZON = limits.HISTORY_WINDOWS * WINDOW
-
-
-def tell(story: Callable[[World], Awaitable[None]], *tiers: int, seed: int = 1) -> Outcome:
-    outcome = simulate(Plan(seed, tiers), story)
-    assert not outcome.violations
-    assert not outcome.stuck
-    return outcome
-
-
-def life_of(machine: Machine) -> Life:
-    assert machine.life is not None
-    assert machine.life.engine is not None
-    return machine.life
 
 
 def round_of(machine: Machine, slot: int) -> SlotRound | None:

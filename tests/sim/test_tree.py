@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import pytest
 
@@ -12,23 +12,12 @@ from braniac.protocol import committee
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.tree import ancestors
-from tests.sim.node import Life, Machine
+from tests.sim.node import Machine
+from tests.sim.stories import life_of, tell
 from tests.sim.training import FRAGMENTS
-from tests.sim.world import Plan, World, simulate
+from tests.sim.world import World
 
 SIZE = 8
-
-
-def tell(story: Callable[[World], Awaitable[None]], *tiers: int) -> None:
-    outcome = simulate(Plan(1, tiers), story)
-    assert not outcome.violations
-    assert not outcome.stuck
-
-
-def life_of(machine: Machine) -> Life:
-    assert machine.life is not None
-    assert machine.life.engine is not None
-    return machine.life
 
 
 def ways(world: World, slot: int) -> dict[str, list[Machine]]:
