@@ -9,6 +9,7 @@ what this script makes of the results in the repository.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -149,7 +150,7 @@ CLAIMS = (
             f"The same, with the bytes of {rival}",
             "loss_bytes.py",
             "loss_bytes",
-            lambda folder, rival=rival: against(folder, f"braniac_at_{rival}", rival),  # type: ignore[misc]
+            functools.partial(against, ours=f"braniac_at_{rival}", theirs=rival),
         )
         for rival in ("demo", "distro", "sparseloco")
     ),
@@ -163,7 +164,7 @@ CLAIMS = (
             f"A device trains the slice that fits it, and helps the whole by it ({swarm})",
             "tiers.py",
             "tiers",
-            lambda folder, swarm=swarm: help_by(folder, swarm),  # type: ignore[misc]
+            functools.partial(help_by, swarm=swarm),
         )
         for swarm in ("2_full_6_quarter", "2_full_6_half")
     ),
