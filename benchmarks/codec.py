@@ -76,7 +76,7 @@ def measure(tiles: int, rules: CodecRules, rounds: int, seed: int) -> dict[str, 
     seconds_of(ways, 1)  # a first round touches every page
     seconds = {name: statistics.median(times) for name, times in seconds_of(ways, rounds).items()}
     speed = {f"{name}_gb_per_s": 4 * layout.size / GB / s for name, s in seconds.items()}
-    table_bits = 8 * tiles * 2 << rules.magnitude_bits
+    table_bits = 8 * codec.tables_max(layout, rules) * 2 << rules.magnitude_bits
     return {
         "parameters": layout.size,
         "per_tile": rules.per_tile,

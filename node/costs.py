@@ -17,7 +17,7 @@ from braniac.model.tiers import table_parameters
 from braniac.model.trainer import TrainSettings, memory_bytes_needed
 from braniac.node import commands
 from braniac.protocol import limits, listing, wire
-from braniac.protocol.codec import CodecRules, TileLayout
+from braniac.protocol.codec import CodecRules, TileLayout, tables_max
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.messages import CertificateName, FragmentState, Heartbeat
@@ -96,7 +96,12 @@ def payload_bytes(layout: TileLayout, rules: CodecRules, fill: float) -> float:
     """Expected length of a payload that uses the share `fill` of its capacity; see codec.py for its parts."""
     values = fill * int(layout.capacity(rules.per_tile).sum())
     counts = 0 if fill == 1.0 else 2 * layout.tiles
-    return 8 + counts + (layout.tiles * 2 << rules.magnitude_bits) + values * _value_bits(layout, rules, values) / 8
+    return (
+        8
+        + counts
+        + (tables_max(layout, rules) * 2 << rules.magnitude_bits)
+        + values * _value_bits(layout, rules, values) / 8
+    )
 
 
 def _value_bits(layout: TileLayout, rules: CodecRules, values: float) -> float:

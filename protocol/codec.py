@@ -3,17 +3,19 @@
 One format serves both ways: peers send `encode_topk(residual)` up, owners send the merged update down. A payload is a
 function of integers only, so no NaN can be expressed, and its decoder accepts exactly one length.
 
-    u8  format (1)      u8  magnitude bits m     u8  Rice parameter r     u8  flags (bit 0: per-tile counts follow)
+    u8  format (2)      u8  magnitude bits m     u8  Rice parameter r     u8  flags (bit 0: per-tile counts follow)
     u32 values n
     [u16 count of each tile]                     absent when every tile holds exactly its k values
-    u16 level[tiles with values][2**m]           a 16-bit float without sign: 5 bits exponent, 11 bits mantissa
+    u16 level[tables with values][2**m]          a 16-bit float without sign: 5 bits exponent, 11 bits mantissa
     unary part of all n gaps                     q zeros and a one each, padded with zeros to a byte
     n x r bits                                   low part of the gaps
     n x (1 + m) bits                             sign, then the index of the level
 
-Three separate bit streams instead of one interleaved stream let numpy code all values at once. Gaps between
-increasing positions make duplicates and disorder impossible to write down. After SparseLoCo (2-bit top-k, templar's
-compress.py) and Golomb-Rice coding of the gaps (Sattler et al. 2019, Sparse Binary Compression).
+Tiles with few values share a table of levels with their neighbours: eight tiles of 64 values, as one table for each
+would add half a bit to every value. Three separate bit streams instead of one interleaved stream let numpy code all
+values at once. Gaps between increasing positions make duplicates and disorder impossible to write down. After
+SparseLoCo (2-bit top-k, templar's compress.py) and Golomb-Rice coding of the gaps (Sattler et al. 2019, Sparse Binary
+Compression).
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from braniac.protocol.bitpack import Int32Array, Int64Array
 from braniac.protocol.errors import Refusal, WireError
 
 _HEADER = struct.Struct("<BBBBI")
-_FORMAT = 1
+_FORMAT = 2
 _HAS_COUNTS = 1
 _LEVEL_BITS = limits.LEVEL_MAX.bit_length()
+_TABLE_VALUES = 512
+_TABLE_TILES_MAX = 8
 _BLOCK_VALUES = 1 << 16  # read at a time when selecting: what is made of them stays in a core's cache
 
 
@@ -84,6 +88,11 @@ class CodecRules:
     def __post_init__(self) -> None:
         assert 0 < self.per_tile <= limits.TILE_SIZE_MAX
         assert 0 < self.magnitude_bits <= limits.MAGNITUDE_BITS_MAX
+
+    @property
+    def table_tiles(self) -> int:
+        """How many neighbouring tiles share a table of levels: as many as have 512 values together, at most eight."""
+        return min(_TABLE_TILES_MAX, max(1, _TABLE_VALUES // self.per_tile))
 
 
 @dataclass(frozen=True)
@@ -186,11 +195,10 @@ def encode(layout: TileLayout, rules: CodecRules, chosen: Sparse) -> tuple[bytes
     m, n = rules.magnitude_bits, len(chosen)
     starts, counts = layout.tile_starts(), _counts(layout, chosen.positions)
     assert np.all(counts <= layout.capacity(rules.per_tile)), "more values in a tile than its capacity"
-    used = np.flatnonzero(counts)
-    tile = np.repeat(used, counts[used])
-    row = np.repeat(np.arange(len(used)), counts[used])  # of the tile's levels in the table
+    tile = np.repeat(np.arange(layout.tiles), counts)
+    table, tables = _tables(counts, rules)
     magnitude = np.abs(chosen.values.astype(np.int64))
-    code, levels = _quantise(row, magnitude, len(used), m)
+    code, levels = _quantise(table, magnitude, tables, m)
     gaps = bitpack.gaps(chosen.positions - starts[tile], tile)
     rice = bitpack.best_rice(gaps)
 
@@ -203,7 +211,7 @@ def encode(layout: TileLayout, rules: CodecRules, chosen: Sparse) -> tuple[bytes
     parts.append(bitpack.pack_bits(gaps & ((1 << rice) - 1), rice))
     negative = (chosen.values < 0).astype(np.int64)
     parts.append(bitpack.pack_bits((negative << m) | code, 1 + m))
-    values = bitpack.level_values(levels)[row, code] * np.where(negative, -1, 1)
+    values = bitpack.level_values(levels)[table, code] * np.where(negative, -1, 1)
     return b"".join(parts), Sparse(chosen.positions, values.astype(np.int32))
 
 
@@ -228,10 +236,10 @@ def decode(layout: TileLayout, rules: CodecRules, payload: bytes | memoryview) -
             raise WireError(Refusal.WRONG_SHAPE, "a count exceeds its tile, or counts were not needed")
     if int(counts.sum()) != n:
         raise WireError(Refusal.WRONG_SHAPE, "the counts do not add up to the number of values")
-    rows = int(np.count_nonzero(counts))
-    raw = bitpack.take(data, at, rows * 2 << m)
+    table, tables = _tables(counts, rules)
+    raw = bitpack.take(data, at, tables * 2 << m)
     at += len(raw)
-    levels = bitpack.level_values(np.frombuffer(raw, "<u2").reshape(rows, 1 << m))
+    levels = bitpack.level_values(np.frombuffer(raw, "<u2").reshape(tables, 1 << m))
     tail = len(data) - at - bitpack.bytes_of_bits(n * rice) - bitpack.bytes_of_bits(n * (1 + m))
     if tail < 0:
         raise WireError(Refusal.WRONG_SHAPE, "a payload shorter than its header says")
@@ -245,20 +253,31 @@ def decode(layout: TileLayout, rules: CodecRules, payload: bytes | memoryview) -
     within = bitpack.positions((high << rice) | low, counts, tile)
     if np.any(within >= layout.tile_sizes()[tile]):
         raise WireError(Refusal.WRONG_SHAPE, "a position lies outside its tile")
-    row = (np.cumsum(counts > 0) - 1)[tile]
-    magnitude = levels[row, codes & ((1 << m) - 1)]
+    magnitude = levels[table, codes & ((1 << m) - 1)]
     if np.any(magnitude == 0):
         raise WireError(Refusal.WRONG_SHAPE, "a value uses an empty level")
     values = np.where(codes >> m, -magnitude, magnitude).astype(np.int32)
     return Sparse(layout.tile_starts()[tile] + within, values)
 
 
+def tables_max(layout: TileLayout, rules: CodecRules) -> int:
+    """Tables of levels in a payload that has values in every tile."""
+    return -(-layout.tiles // rules.table_tiles)
+
+
 def payload_bytes_max(layout: TileLayout, rules: CodecRules) -> int:
     """No legal payload of this fragment is longer."""
     n = int(layout.capacity(rules.per_tile).sum())
-    levels = layout.tiles * 2 << rules.magnitude_bits
+    levels = tables_max(layout, rules) * 2 << rules.magnitude_bits
     bits = n * (1 + limits.RICE_PARAMETER_MAX) + layout.size + n * (1 + rules.magnitude_bits)
     return _HEADER.size + 2 * layout.tiles + levels + bits // 8 + 3
+
+
+def _tables(counts: Int64Array, rules: CodecRules) -> tuple[Int64Array, int]:
+    """Which table of levels each value [n] uses, and how many there are: none for neighbours without any value."""
+    table = np.repeat(np.arange(len(counts)) // rules.table_tiles, counts)
+    fresh = np.diff(table, prepend=-1) != 0
+    return np.cumsum(fresh) - 1, int(fresh.sum())
 
 
 def _quantise(row: Int64Array, magnitude: Int64Array, rows: int, bits: int) -> tuple[Int64Array, NDArray[np.uint16]]:
@@ -293,7 +312,7 @@ def _rank_where_few(row: Int64Array, magnitude: Int64Array, rows: int, bits: int
 
 
 def _group_sums(group: Int64Array, magnitude: Int64Array, groups: int) -> tuple[Int64Array, Int64Array]:
-    """Count and sum per group. Float64 sums are exact here: at most 4096 values of 24 bits."""
+    """Count and sum per group. Float64 sums are exact here: at most 8 x 4096 values of 24 bits."""
     count = np.bincount(group, minlength=groups)
     total = np.bincount(group, weights=magnitude, minlength=groups)
     return count, total.astype(np.int64)

@@ -1,6 +1,6 @@
 """Every bound of the protocol in one place (I5). Sizes in bytes, times in seconds, counts without a unit."""
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # Fixed point: an anchor, a contribution's level and an update's level are all int32 in units of 2**-20.
 FRACTION_BITS = 20

@@ -66,7 +66,7 @@ def test_the_help_of_a_verb_in_a_group_has_examples(group: str, verb: str, capsy
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
-    assert capsys.readouterr().out == "braniac-node 0.1.0, protocol 1\n"
+    assert capsys.readouterr().out == "braniac-node 0.1.0, protocol 2\n"
 
 
 def test_light_commands_load_nothing_heavy() -> None:

@@ -107,7 +107,7 @@ async def test_another_protocol_ends_the_search(nodes: Nodes) -> None:
     founder = nodes.make()
     address = await founder.start()
     body, signature = sign_manifest(make_manifest(founder.identity), founder.identity)
-    founder.exchange.manifest = body.replace(b'"protocol":1', b'"protocol":7'), signature
+    founder.exchange.manifest = body.replace(b'"protocol":2', b'"protocol":7'), signature
     seeker = nodes.make(address)
     await seeker.start()
     with pytest.raises(VersionMismatch, match="install"):

@@ -160,11 +160,34 @@ def test_values_beyond_the_range_are_cut_to_the_largest_level() -> None:
 
 
 def test_tiles_of_one_value() -> None:
-    layout, rules = TileLayout(((1, 9),)), CodecRules(1, 1)
+    layout, rules = TileLayout(((1, 9),)), CodecRules(512, 1)
     vector = np.array([0, 1, -2, 0, 0, 300, -1, 0, 2047])
     payload, sent = codec.encode_topk(layout, rules, vector)
     assert np.array_equal(sent.dense(9), vector)
     assert same(codec.decode(layout, rules, payload), sent)
+
+
+@pytest.mark.parametrize(("per_tile", "sharing"), [(1, 8), (64, 8), (100, 5), (256, 2), (512, 1), (4096, 1)])
+def test_neighbours_with_few_values_share_a_table_of_levels(per_tile: int, sharing: int) -> None:
+    layout, rules = TileLayout(((4, 2 * sharing + 1),)), CodecRules(per_tile, 1)
+    assert rules.table_tiles == sharing
+    vector = np.zeros(layout.size, np.int64)
+    vector[::4] = 1000 + np.arange(2 * sharing + 1)  # one value in each tile
+    payload, sent = codec.encode_topk(layout, rules, vector)
+    tables = [set(sent.values[at : at + sharing].tolist()) for at in range(0, 2 * sharing + 1, sharing)]
+    assert [len(levels) for levels in tables] == [min(2, sharing)] * 2 + [1]
+    assert same(codec.decode(layout, rules, payload), sent)
+
+
+def test_neighbours_without_values_have_no_table() -> None:
+    layout, rules = TileLayout(((4, 24),)), CodecRules(64, 1)
+    vector = np.zeros(layout.size, np.int64)
+    vector[[0, 95]] = 7, 300  # the first tile and the last, and nothing in the eight between
+    payload, sent = codec.encode_topk(layout, rules, vector)
+    assert sent.values.tolist() == [7, 300]
+    assert same(codec.decode(layout, rules, payload), sent)
+    vector[40] = 50
+    assert len(codec.encode_topk(layout, rules, vector)[0]) == len(payload) + 4  # two levels
 
 
 def test_nothing_to_send_is_a_legal_payload() -> None:

@@ -145,8 +145,8 @@ def test_a_signed_change_that_is_legal_is_another_run() -> None:
 
 
 def test_another_version_says_so() -> None:
-    with pytest.raises(VersionMismatch, match="version 2"):
-        open_manifest(*signed(lambda content: content.update(protocol=2)))
+    with pytest.raises(VersionMismatch, match="version 7"):
+        open_manifest(*signed(lambda content: content.update(protocol=7)))
 
 
 def test_somebody_else_cannot_sign() -> None:
