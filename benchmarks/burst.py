@@ -1,9 +1,9 @@
 """How bursty each method is: the uplink of each peer in buckets of one second, at one inner step per second.
 
 Reported per method: the worst peer's peak over its mean, peak and mean in bytes per second, the largest message to one
-receiver, and how long a slow uplink would be busy with the worst second. A message counts in the second in which it is
-due; nothing is paced. Target: peak over mean of at most 2 for Braniac. The JSON object is the last line on stdout. Exit
-code 1 if the target is missed.
+receiver, and how long a slow uplink would be busy with the worst second. A rival's message counts in the second in
+which it is due; Braniac's nodes pace themselves (outer/uplinks.py). Target: peak over mean of at most 2 for Braniac.
+The JSON object is the last line on stdout. Exit code 1 if the target is missed.
 
     python benchmarks/burst.py --json --results benchmarks/results/burst
     python benchmarks/burst.py --quick --json

@@ -58,7 +58,7 @@ def bad_payloads(layout: TileLayout, rules: CodecRules) -> dict[str, bytes]:
         "garbage": hashlib.shake_256(b"garbage").digest(len(data)),
         "cut off": data[:-1],
         "extended": data + b"\0",
-        "another format": b"\2" + data[1:],
+        "another format": bytes([data[0] + 1]) + data[1:],
         "more levels": _payload(layout, CodecRules(rules.per_tile, rules.magnitude_bits + 1)),
         "another fragment": _payload(longer, rules),
         "one value more": data[:4] + (values + 1).to_bytes(4, "little") + data[8:],

@@ -2,7 +2,7 @@
 
 The run is `nano-1b` with everything held by everybody, payloads are sizes, messages are real and as long as they
 travel. Every hour a tenth of the peers vanish without a word, and as many newcomers join with nothing. Training takes
-no time, merging a little. Updates go down the protocol's tree.
+no time, merging a little. Updates go down the protocol's tree, at the pace of nodes, and so do contributions.
 
     python benchmarks/scale.py --json
     python benchmarks/scale.py --peers 8,64 --slots 30 --json

@@ -30,14 +30,25 @@ class Blobs:
     """Brings blobs from peers into the store."""
 
     def __init__(
-        self, store: Store, exchange: Exchange, metrics: Metrics, clock: Clock, grace_s: float = _GRACE_S_MAX
+        self,
+        store: Store,
+        exchange: Exchange,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        grace_s: float = _GRACE_S_MAX,
+        patience_s: float = 0.0,
     ) -> None:
-        """`grace_s`: for so long a holder may be silent, if somebody else may have what is wanted."""
+        """Of a holder, if somebody else may have what is wanted.
+
+        `grace_s`: so long it may be silent; `patience_s`: so long it may take at least for a blob, however small.
+        """
         self._store = store
         self._exchange = exchange
         self._metrics = metrics
         self._clock = clock
         self._grace_s = min(_GRACE_S_MAX, grace_s)
+        self._patience_min_s = patience_s
         self._holders = Holders(clock)
 
     async def fetch(
@@ -80,7 +91,7 @@ class Blobs:
     def _patience_s(self, size: int) -> float:
         """How long one holder may take for so many bytes, if there is another one; for ever if this node is slow."""
         slow = self._exchange.throttle.download.rate
-        return float("inf") if slow else self._grace_s + size / _SLOW_BYTES_PER_S
+        return float("inf") if slow else self._grace_s + max(self._patience_min_s, size / _SLOW_BYTES_PER_S)
 
     async def _pull(
         self,

@@ -8,6 +8,7 @@ greets its neighbours only, contributes when the lot falls on it, and passes on 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,21 +76,45 @@ def _tier(
 
 def slot_bytes(manifest: Manifest, tier: int, peers: int) -> float:
     """Bytes that one of `peers` alike sends per slot, on average over a window; it receives as many."""
-    others = peers - 1
-    payloads = sum(_payload_and_update_bytes(manifest, fragment, peers) for fragment in manifest.held(tier))
-    held_share = len(manifest.held(tier)) / manifest.window
-    return payloads / manifest.window * others / peers + _message_bytes(manifest, tier, peers, held_share)
+    held = manifest.held(tier)
+    contributed = sum(contribution_bytes(manifest, fragment, peers) for fragment in held)
+    updated = sum(update_bytes(manifest, fragment, peers) for fragment in held)
+    messages = _message_bytes(manifest, tier, peers, len(held) / manifest.window)
+    return (contributed + updated) / manifest.window + messages
 
 
-def _payload_and_update_bytes(manifest: Manifest, fragment: int, peers: int) -> float:
+def contribution_bytes(manifest: Manifest, fragment: int, peers: int) -> float:
+    """Of contributions to a slot of this fragment that one peer sends, on average: to every seat but its own."""
+    seats = min(limits.COMMITTEE_SIZE, peers)
+    drawn = min(peers, limits.CONTRIBUTORS_PER_SLOT) / peers
+    return seats * (1 - 1 / peers) * drawn * full_bytes(manifest.fragments[fragment].layout, manifest.up)
+
+
+def update_bytes(manifest: Manifest, fragment: int, peers: int) -> float:
+    """Of the slot's update that one peer sends, on average: whoever has no seat is sent it once."""
+    without_seat = max(0, peers - limits.COMMITTEE_SIZE) / peers
+    return without_seat * _merged_bytes(manifest.fragments[fragment].layout, manifest.up, manifest.down, peers)
+
+
+def _kept_bytes(manifest: Manifest, fragment: int) -> float:
+    """On disk, of one slot: the own contribution and the update."""
     layout = manifest.fragments[fragment].layout
-    contributors = min(peers, limits.CONTRIBUTORS_PER_SLOT)
-    up = payload_bytes(layout, manifest.up, 1.0) * contributors / peers
-    # The peers' choices meet in the update: it holds every coordinate that anybody sent, up to its own capacity.
-    share = int(layout.capacity(manifest.up.per_tile).sum()) / layout.size
-    union = layout.size * (1 - (1 - share) ** contributors)
-    capacity = int(layout.capacity(manifest.down.per_tile).sum())
-    return up + payload_bytes(layout, manifest.down, min(1.0, union / capacity))
+    return full_bytes(layout, manifest.up) + _merged_bytes(layout, manifest.up, manifest.down, PEERS)
+
+
+@functools.lru_cache(maxsize=64)  # a model has many fragments and few layouts
+def full_bytes(layout: TileLayout, rules: CodecRules) -> float:
+    """Expected length of a payload with as many values as it may have."""
+    return payload_bytes(layout, rules, 1.0)
+
+
+@functools.lru_cache(maxsize=64)
+def _merged_bytes(layout: TileLayout, up: CodecRules, down: CodecRules, peers: int) -> float:
+    """Of an update: the peers' choices meet in it, and it holds what anybody sent, up to its own capacity."""
+    share = int(layout.capacity(up.per_tile).sum()) / layout.size
+    union = layout.size * (1 - (1 - share) ** min(peers, limits.CONTRIBUTORS_PER_SLOT))
+    capacity = int(layout.capacity(down.per_tile).sum())
+    return payload_bytes(layout, down, min(1.0, union / capacity))
 
 
 def payload_bytes(layout: TileLayout, rules: CodecRules, fill: float) -> float:
@@ -155,7 +180,7 @@ def _disk_bytes(manifest: Manifest, model: ModelConfig, settings: TrainSettings,
     parameters = manifest.parameters(tier)
     state = 4 * (2 * parameters + table_parameters(model))  # weights, momentum, and a second moment of the tables
     held = manifest.held(tier)
-    remembered = limits.HISTORY_WINDOWS * sum(_payload_and_update_bytes(manifest, f, PEERS) for f in held)
+    remembered = limits.HISTORY_WINDOWS * sum(_kept_bytes(manifest, f) for f in held)
     states = (generations + _SWEEP_GENERATIONS) * state
     if settings.precision == "lean":  # all weights in two bytes; a generation brings two fragments, offered and merged
         states = round(2 * parameters * (1 + 2 * (generations + _SWEEP_GENERATIONS) / manifest.window))

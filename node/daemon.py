@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 import structlog
 
 from braniac.node.datapath import DataPath
+from braniac.node.pacing import Pacing
 from braniac.node.pump import Pump
 from braniac.node.replica import Replica
 from braniac.node.startup import Equipment, Membership
@@ -45,6 +46,7 @@ class Daemon:
         self._status = status
         self._tasks = tasks
         self._whereabouts = Whereabouts(engine, lambda peer: node.network.transport.seen_from(peer))
+        self._pacing = Pacing(node.exchange.throttle, engine.manifest, engine.tier, node.config.caps.upload_pace)
         self._pump = Pump(engine, node.exchange, node.network, self._obey, tasks)
         self._idle = asyncio.Event()
         """Set while no slot that this node owns waits for its certificate."""
@@ -173,6 +175,7 @@ class Daemon:
                 self._engine.addresses = self.node.network.public_addresses()
                 self.node.swarm_clock.adjust()
                 self._status.slot_began(event)
+                self._pacing.follow(1 + len(self._engine.live_peers()))
                 self._spawn(self.path.note_signing(event.slot))
                 self._spawn(self._whereabouts.look(event.slot))
             case events.FragmentDue() | events.UpdateDue():

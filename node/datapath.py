@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 _DISK_RETRY_S = 1.0
 _GRACE_SLOTS = 0.5  # so long a peer that is asked for a blob may be silent, if somebody else may have it
+_PATIENCE_SLOTS = 2.0  # so long it may take: its uplink is paced, and others pull from it as well
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ class DataPath:
         self._incarnation = incarnation
         self._joined = joined
         self._wake = wake
+        slot_s = engine.manifest.slot_s
         self._blobs = Blobs(
-            node.store, node.exchange, node.metrics, node.clock, grace_s=engine.manifest.slot_s * _GRACE_SLOTS
-        )
+            node.store, node.exchange, node.metrics, node.clock,
+            grace_s=slot_s * _GRACE_SLOTS, patience_s=slot_s * _PATIENCE_SLOTS,
+        )  # fmt: skip
         self._ordered: asyncio.Queue[events.FragmentDue | events.UpdateDue | FragmentState | _Save] = asyncio.Queue()
         self._fetching: set[bytes] = set()
         self._bar: DownloadBar | None = None

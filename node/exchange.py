@@ -68,7 +68,7 @@ class Exchange:
         self._timeout_s = call_timeout_s
         self.throttle = throttle or Throttle(CapsSection(), clock, DailyMeter(None, clock))
         self.is_anchor: Callable[[bytes], bool] = lambda digest: False
-        """Whether a blob is an anchor: serving a newcomer's download is counted apart."""
+        """Whether a blob is an anchor: serving a newcomer's download is counted apart, and has no pace."""
         self.dial_back: Callable[[PeerId, Sequence[str]], Awaitable[pb.DialBack]] | None = None
         """Tries whether a peer can be reached where it says it can."""
         self.newest_protocol = limits.PROTOCOL_VERSION
@@ -105,7 +105,7 @@ class Exchange:
             reply.refusal = error.refusal.value
         if not reply.chunk:
             await self.throttle.send(reply.ByteSize())
-        elif self.throttle.upload.rate:
+        elif self.throttle.upload.rate or self.throttle.pace.rate:
             reply.swarm_time_s = 0.0  # it has waited for its turn, so it says little about the time
         out = reply.SerializeToString()
         self._count(sent=len(out), received=len(data), kind=kind)
@@ -133,10 +133,12 @@ class Exchange:
         size = self._store.size(request.digest)
         if size is None or request.offset > size:
             raise WireError(Refusal.NOT_READY, "no such blob here")
-        if self.throttle.used_up or self.throttle.busy:
+        throttle, paced = self.throttle, not self.is_anchor(request.digest)
+        if throttle.used_up or throttle.busy(paced=paced):
             raise WireError(Refusal.OVERLOADED, "no bandwidth to spare")
-        length = min(request.length, size - request.offset, self.throttle.piece_bytes(self.throttle.upload))
-        await self.throttle.send_blob(length)
+        rates = (throttle.upload, throttle.pace) if paced else (throttle.upload,)
+        length = min(request.length, size - request.offset, throttle.piece_bytes(*rates))
+        await throttle.send_blob(length, paced_bytes=size if paced else 0)
         try:
             reply.chunk = await asyncio.to_thread(self._store.read, request.digest, request.offset, length)
         except BlobMissing:

@@ -29,6 +29,7 @@ _PIECE_S = 0.5  # a blob is sent in pieces that take so long, so that nothing wa
 _CREDIT_S = 2.0  # so much of the rate may messages borrow
 _WAIT_S_MIN = 0.001
 _QUEUE_S = 4.0  # a peer that would have to wait longer is told to ask another
+_PACE_QUEUE_S = 8.0  # the same where it is only for the sake of an even pace; below the deadline of a call
 
 
 def wire_bytes(payload_bytes: int) -> float:
@@ -77,6 +78,15 @@ class TokenBucket:
         finally:
             self._queued -= count
 
+    async def take_first(self, count: float) -> None:
+        """Like `take_bulk`, but ahead of all that wait in turn."""
+        self._queued += count
+        try:
+            await self._wait_for(0.0)
+            self.charge(count)
+        finally:
+            self._queued -= count
+
     def delay_s(self) -> float:
         """How long whoever asked for bulk now would wait."""
         if not self.rate:
@@ -116,6 +126,10 @@ class Throttle:
     ) -> None:
         self.upload = TokenBucket(caps.upload_kib_per_s * 1024, clock, sleep)
         self.download = TokenBucket(caps.download_kib_per_s * 1024, clock, sleep)
+        self.pace = TokenBucket(0.0, clock, sleep)
+        """Of contributions and updates, within `upload`; pacing.py sets it once the run is known."""
+        self.first_bytes_max = 0
+        """Blobs that are no longer than this go ahead of others at that pace."""
         self.meter = meter
         self.daily_bytes = int(caps.daily_mib * _MIB)
         self._asked_bytes = 0.0  # of pieces on their way to us
@@ -125,28 +139,30 @@ class Throttle:
         """Whether no more blobs may be moved today."""
         return self._left_bytes() <= 0
 
-    def piece_bytes(self, bucket: TokenBucket) -> int:
-        """How much of a blob to move at a time: what the rate and the rest of the quota allow."""
+    def piece_bytes(self, *buckets: TokenBucket) -> int:
+        """How much of a blob to move at a time: what the rates and the rest of the quota allow."""
         rest = max(limits.PIECE_BYTES_MIN, self._left_bytes())
-        return int(min(bucket.piece_bytes(), rest))
+        return int(min(rest, *(bucket.piece_bytes() for bucket in buckets)))
 
     def _left_bytes(self) -> float:
         if not self.daily_bytes:
             return math.inf
         return self.daily_bytes - self.meter.used_bytes() - self._asked_bytes
 
-    @property
-    def busy(self) -> bool:
+    def busy(self, *, paced: bool) -> bool:
         """Whether a peer that asks for a blob would wait too long."""
-        return self.upload.delay_s() > _QUEUE_S
+        return self.upload.delay_s() > _QUEUE_S or (paced and self.pace.delay_s() > _PACE_QUEUE_S)
 
     async def send(self, payload_bytes: int) -> None:
         """Before a message goes out."""
         await self.upload.take_urgent(wire_bytes(payload_bytes))
         self._count_sent(payload_bytes)
 
-    async def send_blob(self, payload_bytes: int) -> None:
-        """Before a piece of a blob goes out."""
+    async def send_blob(self, payload_bytes: int, *, paced_bytes: int = 0) -> None:
+        """Before a piece of a blob goes out; of a contribution or an update, the whole has `paced_bytes`."""
+        if paced_bytes:
+            take = self.pace.take_first if paced_bytes <= self.first_bytes_max else self.pace.take_bulk
+            await take(wire_bytes(payload_bytes))
         await self.upload.take_bulk(wire_bytes(payload_bytes))
         self._count_sent(payload_bytes)
 

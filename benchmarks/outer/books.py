@@ -12,7 +12,7 @@ FLOAT32_BYTES = 4
 
 
 class Books:
-    """Bytes by step and peer."""
+    """Bytes by step and peer. What is still sent after the last step has rows behind it."""
 
     def __init__(self, steps: int, peers: int) -> None:
         self.uplink: npt.NDArray[np.int64] = np.zeros((steps, peers), np.int64)
@@ -23,8 +23,19 @@ class Books:
 
     def send(self, step: int, sender: int, receiver: int, size: int) -> None:
         """One message from peer to peer."""
+        self.carry(step, sender, receiver, size)
+        self.note_message(size)
+
+    def carry(self, step: int, sender: int, receiver: int, size: int) -> None:
+        """A part of a message, or all of it."""
+        if (more := step + 1 - len(self.uplink)) > 0:
+            self.uplink = np.pad(self.uplink, ((0, more), (0, 0)))
+            self.downlink = np.pad(self.downlink, ((0, more), (0, 0)))
         self.uplink[step, sender] += size
         self.downlink[step, receiver] += size
+
+    def note_message(self, size: int) -> None:
+        """A message of so many bytes to one receiver."""
         self.largest_message = max(self.largest_message, size)
 
     def all_reduce(self, step: int, present: list[int], size: int) -> None:

@@ -6,13 +6,11 @@ merged update. Scripts about trouble (what hostile or absent peers cost) overrid
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from braniac.model.evaluate import held_out_loss
@@ -21,13 +19,15 @@ from braniac.model.gpt import GPT
 from braniac.model.sources import Corpus
 from braniac.model.tiers import tier_width
 from braniac.node import bridge
-from braniac.protocol import codec, committee, ledger, limits, tree
+from braniac.node.pacing import paced_bytes_per_slot
+from braniac.protocol import codec, committee, ledger, tree
 from braniac.protocol.codec import Sparse, TileLayout
 from braniac.protocol.errors import Refusal
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, Merged, merge
 from outer.swarm import Peer, Plan, Swarm, identity
+from outer.uplinks import Uplinks
 
 TOKENS = 1000  # that an honest contribution says it was trained on: all train equally fast
 
@@ -44,9 +44,9 @@ class Braniac(Swarm):
     """The swarm. In slot s fragment s mod P is due, and training never waits.
 
     Sent: payloads as encoded, to all seats of the slot's committee, and the encoded update, which the seats have, down
-    the tree to all who hold the fragment. A peer asks its parent with the certificate and then once in a quarter of a
-    slot, as nodes do. A peer that drops out offers nothing to the slot and keeps its work; it has the update as soon as
-    the others. The weights of all change at once. Subclasses override `train`, `offers`, `deliver`,
+    the tree to all who hold the fragment, at the pace of nodes (uplinks.py). A peer that drops out offers nothing to
+    the slot and keeps its work; it has the update as soon as the others. The weights of all change at once, and do
+    not wait for what is on its way: delay.py asks what that costs. Subclasses override `train`, `offers`, `deliver`,
     `settle` and `change`.
     """
 
@@ -61,10 +61,17 @@ class Braniac(Swarm):
         """How often a peer's contribution was not admitted, by number."""
         self.refused: Counter[Refusal] = Counter()
         """Contributions that were not admitted, of anybody."""
+        slots_per_step = self.slots_per_window / plan.steps
+        paces = [paced_bytes_per_slot(self.manifest, tier, len(plan.tiers)) * slots_per_step for tier in plan.tiers]
+        self.uplinks = Uplinks(self.books, paces)
 
     @property
     def slots_per_window(self) -> int:
         return self.plan.fragments
+
+    def run(self, watch: Callable[[int], None] = lambda slot: None) -> None:
+        super().run(watch)
+        self.uplinks.drain()
 
     def exchange(self, slot: int) -> None:
         offers = self.offers(slot)
@@ -77,34 +84,22 @@ class Braniac(Swarm):
     def _count(self, slot: int, delivered: Sequence[Contribution], merged: Merged | None) -> None:
         numbers = {peer.id: peer.number for peer in self.peers}
         seats = committee.committee(self.manifest.run_id, slot, numbers)
-        step = self.now(slot)
-        for contribution in delivered:
-            sender = numbers.get(contribution.peer)
-            for seat in seats:
-                if sender is not None and seat != contribution.peer:
-                    self.books.send(step, sender, numbers[seat], len(contribution.payload))
-        if merged is not None:
-            steps_per_slot = self.plan.steps / self.slots_per_window
-            for parent, child, late_slots in self.ways(slot, seats):
-                due = min(self.plan.total_steps - 1, step + int(late_slots * steps_per_slot))
-                self.books.send(due, numbers[parent], numbers[child], len(merged.update))
+        sent = [
+            (numbers[contribution.peer], numbers[seat], len(contribution.payload))
+            for seat in seats
+            for contribution in delivered
+            if contribution.peer in numbers and contribution.peer != seat
+        ]
+        ways = [(numbers[parent], numbers[child]) for parent, child in self.ways(slot, seats)] if merged else []
+        size = len(merged.update) if merged else 0
+        self.uplinks.begin(self.now(slot), sent, size, map(numbers.__getitem__, seats), ways)
 
-    def ways(self, slot: int, seats: Sequence[PeerId]) -> Iterator[tuple[PeerId, PeerId, float]]:
-        """Who sends the update of a slot to whom, and how many slots after the certificate."""
-        holders = {peer.id: peer for peer in self.holders(self.fragments[self.manifest.fragment_of(slot)])}
-        above = {me: tree.ancestors(self.manifest.run_id, slot, seats, holders, me) for me in holders}
-        has_it = dict.fromkeys(seats, 0.0)
-        for me in sorted(above, key=lambda me: len(above[me])):
+    def ways(self, slot: int, seats: Sequence[PeerId]) -> Iterator[tuple[PeerId, PeerId]]:
+        """Who sends the update of a slot to whom."""
+        holders = [peer.id for peer in self.holders(self.fragments[self.manifest.fragment_of(slot)])]
+        for me in holders:
             if me not in seats:
-                parent = above[me][0]
-                has_it[me] = self._asks(holders[me], has_it[parent])
-                yield parent, me, has_it[me]
-
-    def _asks(self, peer: Peer, since: float) -> float:
-        """When a peer asks first from then on, in slots after the certificate: with it, and whenever it repeats."""
-        phase = np.random.default_rng((self.plan.seed, peer.number)).random()
-        repeats = math.ceil(since * limits.REPEATS_PER_SLOT - phase)
-        return (phase + repeats) / limits.REPEATS_PER_SLOT if since else 0.0
+                yield tree.ancestors(self.manifest.run_id, slot, seats, holders, me)[0], me
 
     def offers(self, slot: int) -> dict[int, Offer]:
         """What each peer offers that holds the fragment and does not drop out, by number of peer."""

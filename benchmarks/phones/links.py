@@ -1,4 +1,4 @@
-"""Virtual time, and access links with a queue in each direction: what is sent waits for what was sent before it."""
+"""Virtual time, access links with a queue in each direction, and the pace of what nodes send of slots."""
 
 from __future__ import annotations
 
@@ -63,3 +63,27 @@ class Link:
         self.received[kind] += size
         self.free_down_s = max(self.time.now, self.free_down_s) + size * 8 / DOWNLINK_BITS_PER_S
         self.time.at(self.free_down_s, arrive)
+
+
+class Pace:
+    """Contributions and updates of one device, evenly; contributions are ahead of updates."""
+
+    def __init__(self, time: Time, bytes_per_s: float) -> None:
+        """0 bounds nothing."""
+        self._time = time
+        self._bytes_per_s = bytes_per_s
+        self._free_s = 0.0
+        """When all that was given to it has left."""
+        self._first_free_s = 0.0
+        """When all of it has left that goes ahead."""
+
+    def wait_s(self, size: int, *, first: bool) -> float:
+        """How long from now `size` bytes take to leave."""
+        if not self._bytes_per_s:
+            return 0.0
+        now, takes_s = self._time.now, size / self._bytes_per_s
+        self._free_s = max(now, self._free_s) + takes_s
+        if not first:
+            return self._free_s - now
+        self._first_free_s = max(now, self._first_free_s) + takes_s
+        return self._first_free_s - now

@@ -14,7 +14,7 @@ from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
 from braniac.protocol.merge import Merged
 from braniac.protocol.messages import FragmentState
-from phones.links import REPLY_BYTES, Link
+from phones.links import REPLY_BYTES, Link, Pace
 from phones.run import identity
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Phone:
         self.identity = identity(number)
         self.id: PeerId = self.identity.peer_id
         self.link = Link(swarm.time)
+        self.pace = Pace(swarm.time, swarm.pace_bytes_per_s)
         self.alive = True
         self.joined_s = swarm.time.now
         self.ready_s: float | None = None
@@ -259,7 +260,15 @@ class _Transfer:
     def _answer(self, chunk: int) -> None:
         if not self._source.alive:
             return self._target._later(PATIENCE_S, self._failed)
-        self._source.link.send(self._target.link, chunk + REPLY_BYTES, self._kind, lambda: self._arrive(chunk))
+        source, target = self._source, self._target
+
+        def leave() -> None:
+            source.link.send(target.link, chunk + REPLY_BYTES, self._kind, lambda: self._arrive(chunk))
+
+        if self._kind == "anchors":
+            leave()
+        else:
+            source.swarm.time.later(source.pace.wait_s(chunk, first=self._kind == "contributions"), leave)
 
     def _arrive(self, chunk: int) -> None:
         if not self._target.alive:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from unittest import mock
 
+from braniac.node.pacing import paced_bytes_per_slot
 from braniac.protocol import limits, statements, wire
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.history import History
@@ -29,6 +30,7 @@ class Swarm:
         """`churn_per_h`: share of the peers that vanish per hour, each followed by a newcomer."""
         self.manifest = manifest
         self.sizes = sizes
+        self.pace_bytes_per_s = paced_bytes_per_slot(manifest, 0, peers) / manifest.slot_s
         self.rng = random.Random(seed)
         self.first_slot = AGE_WINDOWS * manifest.window
         self.time = Time(manifest.slot_start(self.first_slot) - 0.5 * manifest.slot_s)

@@ -55,8 +55,17 @@ def test_the_length_of_an_update_is_what_a_merge_makes(peers: int) -> None:
     payloads = [encode_topk(LAYOUT, run.up, work(seed))[0] for seed in range(peers)]
     merged = merge(run, 0, [Contribution(identity(i).peer_id, 1000, payload) for i, payload in enumerate(payloads)])
     assert merged is not None
-    both = costs._payload_and_update_bytes(run, 0, peers)
-    assert both == pytest.approx(len(payloads[0]) + len(merged.update), rel=0.06)
+    assert costs._merged_bytes(LAYOUT, run.up, run.down, peers) == pytest.approx(len(merged.update), rel=0.06)
+
+
+def test_every_seat_but_the_own_is_sent_a_contribution_and_whoever_has_none_an_update() -> None:
+    run = found()
+    payload = payload_bytes(run.fragments[0].layout, run.up, 1.0)
+    for peers, copies in ((1, 0.0), (2, 2 * 1 / 2), (3, 3 * 2 / 3), (8, 3 * 7 / 8), (128, 3 * 127 / 128 / 2)):
+        assert costs.contribution_bytes(run, 0, peers) == pytest.approx(copies * payload)
+    assert [costs.update_bytes(run, 0, peers) for peers in (1, 2, 3)] == [0.0, 0.0, 0.0]
+    whole = costs._merged_bytes(run.fragments[0].layout, run.up, run.down, 8)
+    assert costs.update_bytes(run, 0, 8) == pytest.approx(5 / 8 * whole)
 
 
 class CountingSwarm(swarm_harness.Swarm):

@@ -36,6 +36,7 @@ from outer.noloco import NoLoCo
 from outer.sparseloco import SparseLoCo
 from outer.streaming import StreamingDiLoCo
 from outer.swarm import FlatSwarm, Plan, Swarm
+from outer.uplinks import Uplinks
 
 CONFIG = ModelConfig(
     hidden_size=64,
@@ -380,18 +381,19 @@ def test_braniacs_bytes_are_its_payloads_and_its_updates(
 
 
 def test_no_peer_of_braniac_sends_an_update_more_than_twice(corpus: Corpus) -> None:
-    """And it goes to whoever is below only when whoever is above has it."""
     swarm = Braniac(replace(PLAN, tiers=(0,) * 12), corpus)
     for slot in range(8):
         seats = committee.committee(swarm.manifest.run_id, slot, [peer.id for peer in swarm.peers])
-        has_it = dict.fromkeys(seats, 0.0)
-        parents = Counter[bytes]()
-        for parent, child, late_slots in swarm.ways(slot, seats):
-            assert has_it[parent] <= late_slots < has_it[parent] + 1.001 / limits.REPEATS_PER_SLOT
-            has_it[child] = late_slots
-            parents[parent] += 1
-        assert has_it.keys() == {peer.id for peer in swarm.peers}
-        assert max(parents.values()) <= 2
+        parents = {child: parent for parent, child in swarm.ways(slot, seats)}
+        assert parents.keys() | set(seats) == {peer.id for peer in swarm.peers}
+        assert not parents.keys() & set(seats)
+        assert max(Counter(parents.values()).values()) <= 2
+        for child in parents:
+            above = [child]
+            while above[-1] in parents:
+                above.append(parents[above[-1]])
+            assert len(set(above)) == len(above)
+            assert above[-1] in seats
     assert swarm.books.largest_message < 4 * 4096  # a fragment of four tiles, well below a byte per value
 
 
@@ -465,6 +467,30 @@ def test_the_dct_is_orthonormal_and_compacts() -> None:
     constant = top_k(transform(torch.ones(4096), dct_matrix()), 1)
     assert constant.places.item() == 0
     assert constant.values.item() == pytest.approx(64)
+
+
+def test_a_paced_uplink_sends_contributions_first_and_updates_when_they_are_there() -> None:
+    books = Books(steps=6, peers=4)
+    uplinks = Uplinks(books, [100.0, 100.0, 50.5, 100.0])
+    # 0 and 1 have seats; 2 passes the update on to 3.
+    uplinks.begin(0, [(2, 0, 101), (3, 0, 20), (3, 1, 20)], 80, (0, 1), [(0, 2), (2, 3)])
+    uplinks.begin(1, [(2, 0, 10)], 30, (0, 1), [(0, 3)])
+    uplinks.drain()
+    assert books.uplink[:, 3].tolist() == [40, 0, 0, 0, 0, 0]
+    # The whole first contribution is there after two seconds, and its update leaves in the third, with the second one.
+    assert books.uplink[:, 2].tolist() == [50, 51, 10, 51, 29, 0]
+    assert books.uplink[:, 0].tolist() == [0, 0, 80, 30, 0, 0]
+    assert books.downlink[:, 3].sum() == 80 + 30
+    assert (books.largest_message, books.bytes_per_peer) == (101, (101 + 40 + 80 + 80 + 10 + 30) / 4)
+
+
+def test_what_is_under_way_at_the_end_is_still_sent() -> None:
+    books = Books(steps=2, peers=2)
+    uplinks = Uplinks(books, [10.0, 10.0])
+    uplinks.begin(1, [(1, 0, 35)], 0, (0,), [])
+    uplinks.drain()
+    assert books.uplink[:, 1].tolist() == [0, 10, 10, 10, 5]
+    assert books.downlink[:, 0].tolist() == [0, 10, 10, 10, 5]
 
 
 def test_books_know_bursts() -> None:
