@@ -2,7 +2,7 @@
 
 The run is `nano-1b` with everything held by everybody, payloads are sizes, messages are real and as long as they
 travel. Every hour a tenth of the peers vanish without a word, and as many newcomers join with nothing. Training takes
-no time, merging a little. Updates go down the protocol's tree, at the pace of nodes, and so do contributions.
+no time, merging a little. Updates go down the protocol's tree.
 
     python benchmarks/scale.py --json
     python benchmarks/scale.py --peers 8,64 --slots 30 --json
@@ -26,11 +26,11 @@ _SLOTS = {8: 240, 64: 60, 512: 24, 4096: 12}
 _SETTLING_SLOTS = 3  # at both ends: peers get acquainted, and certificates may still be on their way
 
 
-def measure(peers: int, slots: int, churn_per_h: float, seed: int) -> dict[str, Any]:
+def measure(peers: int, slots: int, churn_per_h: float, pace: float, seed: int) -> dict[str, Any]:
     """One swarm of `peers`."""
     started_s = time.process_time()
     manifest, sizes = make_run()
-    swarm = Swarm(manifest, sizes, peers, churn_per_h=churn_per_h, seed=seed)
+    swarm = Swarm(manifest, sizes, peers, churn_per_h=churn_per_h, pace=pace, seed=seed)
     swarm.run(slots, _SETTLING_SLOTS)
     first = swarm.first_slot + _SETTLING_SLOTS
     judged = range(first, first + slots - _SETTLING_SLOTS)
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--peers", default="8,64,512,4096", help="sizes of the swarm, with commas between them")
     parser.add_argument("--slots", type=int, help="of 60 s, to be simulated; default: more of a small swarm")
     parser.add_argument("--churn", type=float, default=0.1, help="share of the peers that vanish per hour")
+    parser.add_argument("--pace", type=float, default=0.0, help="of uploads, as caps.upload_pace; 0: at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help=f"{_QUICK_SLOTS} slots of each")
     parser.add_argument("--json", action="store_true", help="one JSON list")
@@ -90,7 +91,7 @@ def main() -> None:
     found = []
     for peers in map(int, options.peers.split(",")):
         slots = options.slots or (_QUICK_SLOTS if options.quick else _SLOTS.get(peers, 24))
-        found.append(measure(peers, slots, options.churn, options.seed))
+        found.append(measure(peers, slots, options.churn, options.pace, options.seed))
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps(found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 from braniac.node.clock import Clock
@@ -41,7 +42,8 @@ class Blobs:
     ) -> None:
         """Of a holder, if somebody else may have what is wanted.
 
-        `grace_s`: so long it may be silent; `patience_s`: so long it may take at least for a blob, however small.
+        `grace_s`: so long it may be silent before it is called slow; `patience_s`: so long it may take at least for a
+        blob, if some of it comes now and then.
         """
         self._store = store
         self._exchange = exchange
@@ -109,18 +111,22 @@ class Blobs:
         missing = size
         offsets = iter(range(0, size, limits.CHUNK_BYTES_MAX))
         failures: list[Unreachable | BlobUnavailable] = []
-        deadline_s = self._clock.monotonic() + patience_s
+        heard_s = self._clock.monotonic()
+        deadline_s = heard_s + patience_s
+        a_chunk_s = self._grace_s + min(size, limits.CHUNK_BYTES_MAX) / _SLOW_BYTES_PER_S
+        silence_s = a_chunk_s if math.isfinite(patience_s) else patience_s
 
         async def pull_chunk(begin: int) -> None:
-            nonlocal missing
+            nonlocal missing, heard_s
             offset, end = begin, min(begin + limits.CHUNK_BYTES_MAX, size)
             while offset < end and not failures and not throttle.used_up:
-                left_s = deadline_s - self._clock.monotonic()
+                left_s = min(deadline_s, heard_s + silence_s) - self._clock.monotonic()
                 if left_s <= 0:
                     raise BlobUnavailable(f"peer {short_name(holder)} is too slow")
                 length = min(end - offset, throttle.piece_bytes(throttle.download))
                 request = pb.ChunkRequest(digest=digest, offset=offset, length=length)
                 piece = await self._exchange.ask_chunk(transport, holder, request, size, kind, left_s)
+                heard_s = self._clock.monotonic()
                 data[offset : offset + len(piece)] = piece
                 offset += len(piece)  # a holder with little bandwidth may give less than was asked for
                 missing -= len(piece)

@@ -247,8 +247,8 @@ class CapsSection(Section):
     """Rest when less than this is free on the state directory's file system."""
     upload_kib_per_s: float = Field(default=0.0, ge=0)
     """Bytes sent to peers, on average over some seconds."""
-    upload_pace: float = Field(default=1.5, ge=0)
-    """How fast contributions and updates go out, in times of what slots ask for on average; 0: as fast as they can."""
+    upload_pace: float = Field(default=0.0, ge=0)
+    """How fast contributions and updates go out, in times of what slots ask for on average: 1.5 is even. 0: at once."""
     download_kib_per_s: float = Field(default=0.0, ge=0)
     """Bytes received from peers, on average over some seconds."""
     daily_mib: float = Field(default=0.0, ge=0)

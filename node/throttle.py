@@ -127,7 +127,7 @@ class Throttle:
         self.upload = TokenBucket(caps.upload_kib_per_s * 1024, clock, sleep)
         self.download = TokenBucket(caps.download_kib_per_s * 1024, clock, sleep)
         self.pace = TokenBucket(0.0, clock, sleep)
-        """Of contributions and updates, within `upload`; pacing.py sets it once the run is known."""
+        """Of contributions and updates, without what a wire adds; pacing.py sets it once the run is known."""
         self.first_bytes_max = 0
         """Blobs that are no longer than this go ahead of others at that pace."""
         self.meter = meter
@@ -162,7 +162,7 @@ class Throttle:
         """Before a piece of a blob goes out; of a contribution or an update, the whole has `paced_bytes`."""
         if paced_bytes:
             take = self.pace.take_first if paced_bytes <= self.first_bytes_max else self.pace.take_bulk
-            await take(wire_bytes(payload_bytes))
+            await take(payload_bytes)
         await self.upload.take_bulk(wire_bytes(payload_bytes))
         self._count_sent(payload_bytes)
 

@@ -44,11 +44,14 @@ class Braniac(Swarm):
     """The swarm. In slot s fragment s mod P is due, and training never waits.
 
     Sent: payloads as encoded, to all seats of the slot's committee, and the encoded update, which the seats have, down
-    the tree to all who hold the fragment, at the pace of nodes (uplinks.py). A peer that drops out offers nothing to
+    the tree to all who hold the fragment (uplinks.py). A peer that drops out offers nothing to
     the slot and keeps its work; it has the update as soon as the others. The weights of all change at once, and do
     not wait for what is on its way: delay.py asks what that costs. Subclasses override `train`, `offers`, `deliver`,
     `settle` and `change`.
     """
+
+    pace = 0.0
+    """Of uploads, in times of the average (`caps.upload_pace`); 0: at once."""
 
     def __init__(self, plan: Plan, corpus: Corpus) -> None:
         super().__init__(plan, corpus)
@@ -62,8 +65,8 @@ class Braniac(Swarm):
         self.refused: Counter[Refusal] = Counter()
         """Contributions that were not admitted, of anybody."""
         slots_per_step = self.slots_per_window / plan.steps
-        paces = [paced_bytes_per_slot(self.manifest, tier, len(plan.tiers)) * slots_per_step for tier in plan.tiers]
-        self.uplinks = Uplinks(self.books, paces)
+        paces = [paced_bytes_per_slot(self.manifest, tier, len(plan.tiers), self.pace) for tier in plan.tiers]
+        self.uplinks = Uplinks(self.books, [each * slots_per_step for each in paces])
 
     @property
     def slots_per_window(self) -> int:

@@ -26,11 +26,13 @@ BOOTSTRAP_PEERS = 4  # that a newcomer knows
 class Swarm:
     """A swarm that has run for long: everybody knows everybody, holds everything and has all certificates."""
 
-    def __init__(self, manifest: Manifest, sizes: Sizes, peers: int, *, churn_per_h: float, seed: int) -> None:
-        """`churn_per_h`: share of the peers that vanish per hour, each followed by a newcomer."""
+    def __init__(
+        self, manifest: Manifest, sizes: Sizes, peers: int, *, churn_per_h: float, pace: float, seed: int
+    ) -> None:
+        """`churn_per_h`: share of the peers that vanish per hour, each followed by a newcomer; `pace`: of uploads."""
         self.manifest = manifest
         self.sizes = sizes
-        self.pace_bytes_per_s = paced_bytes_per_slot(manifest, 0, peers) / manifest.slot_s
+        self.pace_bytes_per_s = paced_bytes_per_slot(manifest, 0, peers, pace) / manifest.slot_s
         self.rng = random.Random(seed)
         self.first_slot = AGE_WINDOWS * manifest.window
         self.time = Time(manifest.slot_start(self.first_slot) - 0.5 * manifest.slot_s)

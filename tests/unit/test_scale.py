@@ -44,7 +44,7 @@ def test_small_messages_are_counted_and_wait_for_the_uplink_only() -> None:
 
 
 def test_a_small_swarm_of_phones_certifies_all_slots(capsys: pytest.CaptureFixture[str]) -> None:
-    found = scale.measure(3, slots=5, churn_per_h=0.0, seed=0)
+    found = scale.measure(3, slots=5, churn_per_h=0.0, pace=0.0, seed=0)
     assert (found["certificate_share"], found["applied_share"]) == (1.0, 1.0)
     assert found["join_s"] is None
     assert found["joining_bytes_per_peer_window"] == 0
@@ -58,6 +58,6 @@ def test_a_small_swarm_of_phones_certifies_all_slots(capsys: pytest.CaptureFixtu
 
 
 def test_newcomers_join_while_others_vanish() -> None:
-    found = scale.measure(4, slots=6, churn_per_h=5.0, seed=1)
+    found = scale.measure(4, slots=6, churn_per_h=5.0, pace=1.5, seed=1)
     assert found["departures"] >= 1
     assert found["joining_bytes_per_peer_window"] > 0
