@@ -13,7 +13,8 @@ import numpy as np
 
 from braniac.protocol import codec, limits
 from braniac.protocol.bitpack import Int64Array
-from braniac.protocol.codec import EMPTY, CodecRules, Sparse, TileLayout
+from braniac.protocol.codec import CodecRules
+from braniac.protocol.tiles import EMPTY, Sparse, TileLayout
 from outer.braniac import Offer
 
 LOUD = 1000

@@ -17,10 +17,11 @@ import json
 import numpy as np
 
 from braniac.protocol import codec, limits
-from braniac.protocol.codec import CodecRules, TileLayout
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import FragmentSpec, Manifest, MergeRules
 from braniac.protocol.merge import Contribution, merge
+from braniac.protocol.tiles import TileLayout
 
 _SPREAD = 1 << 16
 

@@ -28,7 +28,8 @@ import torch
 from braniac.node import bridge
 from braniac.protocol import codec, ledger, limits
 from braniac.protocol.bitpack import Int32Array
-from braniac.protocol.codec import CodecRules, TileLayout
+from braniac.protocol.codec import CodecRules
+from braniac.protocol.tiles import TileLayout
 
 GB = 1e9
 

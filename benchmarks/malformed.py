@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from braniac.protocol import events, limits, messages, statements, wire
-from braniac.protocol.codec import CodecRules, TileLayout, encode_topk
+from braniac.protocol.codec import CodecRules, encode_topk
 from braniac.protocol.engine import Engine
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.history import History
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, Merged, merge
+from braniac.protocol.tiles import TileLayout
 from outer.braniac import TOKENS
 
 _SLOT = 40

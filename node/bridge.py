@@ -17,9 +17,9 @@ from braniac.model.fragments import Fragment, fragment_table, initial_fragment, 
 from braniac.node.errors import Incompatible
 from braniac.protocol import limits
 from braniac.protocol.bitpack import Int32Array, Int64Array
-from braniac.protocol.codec import TileLayout
 from braniac.protocol.ledger import Settlement
 from braniac.protocol.manifest import FragmentSpec, Manifest
+from braniac.protocol.tiles import TileLayout
 
 _ONE = float(1 << limits.FRACTION_BITS)
 

@@ -18,10 +18,11 @@ from braniac.model.tiers import table_parameters
 from braniac.model.trainer import TrainSettings, memory_bytes_needed
 from braniac.node import commands
 from braniac.protocol import limits, listing, wire
-from braniac.protocol.codec import CodecRules, TileLayout, tables_max
+from braniac.protocol.codec import CodecRules, tables_max
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.messages import CertificateName, FragmentState, Heartbeat
+from braniac.protocol.tiles import TileLayout
 
 PEERS = 8
 """In the swarm, this node included, where nobody says how many."""

@@ -15,8 +15,8 @@ import numpy as np
 
 from braniac.protocol import limits
 from braniac.protocol.bitpack import Int32Array, Int64Array
-from braniac.protocol.codec import Sparse
 from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.tiles import Sparse
 
 
 @dataclass(frozen=True)

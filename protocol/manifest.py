@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from braniac.protocol import limits
-from braniac.protocol.codec import CodecRules, TileLayout, payload_bytes_max
+from braniac.protocol.codec import CodecRules, payload_bytes_max
 from braniac.protocol.errors import IdentityError, ManifestError, VersionMismatch
 from braniac.protocol.identity import Identity, PeerId, parse_peer_id, verify
+from braniac.protocol.tiles import TileLayout
 
 _DOMAIN = b"manifest"
 

@@ -22,10 +22,10 @@ import numpy as np
 
 from braniac.protocol import codec, limits, screen
 from braniac.protocol.bitpack import Int64Array
-from braniac.protocol.codec import Sparse
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest, MergeRules
+from braniac.protocol.tiles import EMPTY, Sparse, TileLayout
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _average(rules: MergeRules, vectors: Sequence[Sparse], clips: Sequence[int],
     """A on the union of the coordinates that were sent."""
     positions = np.concatenate([v.positions for v in vectors])
     if not len(positions):
-        return codec.EMPTY
+        return EMPTY
     weighted = np.concatenate([screen.clip(v, c) * w for v, c, w in zip(vectors, clips, weights, strict=True)])
     weight = np.repeat(np.asarray(weights, np.int64), [len(v) for v in vectors])
     union, member = np.unique(positions, return_inverse=True)
@@ -116,7 +116,7 @@ def _nonzero(positions: Int64Array, values: Int64Array) -> Sparse:
     return Sparse(positions[some], values[some].astype(np.int32))
 
 
-def _top(layout: codec.TileLayout, vector: Sparse, per_tile: int) -> Sparse:
+def _top(layout: TileLayout, vector: Sparse, per_tile: int) -> Sparse:
     """The largest values of each tile; of equal magnitudes the earlier position wins."""
     if not len(vector):
         return vector

@@ -19,7 +19,7 @@ import numpy as np
 
 from braniac.protocol import limits
 from braniac.protocol.bitpack import Int64Array
-from braniac.protocol.codec import Sparse
+from braniac.protocol.tiles import Sparse
 
 _WEIGHT_ONE = 256  # the weight of a contribution with the median number of tokens
 _BLOCK_SIGNS = 1 << 22  # compared at a time, 16 MiB; float32 holds every sum of so many signs exactly

@@ -21,11 +21,11 @@ from braniac.model.tiers import tier_width
 from braniac.node import bridge
 from braniac.node.pacing import paced_bytes_per_slot
 from braniac.protocol import codec, committee, ledger, tree
-from braniac.protocol.codec import Sparse, TileLayout
 from braniac.protocol.errors import Refusal
 from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, Merged, merge
+from braniac.protocol.tiles import Sparse, TileLayout
 from outer.swarm import Peer, Plan, Swarm, identity
 from outer.uplinks import Uplinks
 

@@ -10,7 +10,8 @@ import numpy as np
 from braniac.model.fragments import fragment_table
 from braniac.node import bridge
 from braniac.protocol import codec, limits
-from braniac.protocol.codec import CodecRules, TileLayout
+from braniac.protocol.codec import CodecRules
+from braniac.protocol.tiles import TileLayout
 from outer.swarm import TILE, Plan
 
 MARGIN = 0.97

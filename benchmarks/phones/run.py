@@ -9,9 +9,10 @@ import numpy as np
 
 from braniac.node.founding import RECIPES
 from braniac.protocol import codec, limits
-from braniac.protocol.codec import CodecRules, TileLayout
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import FragmentSpec, Manifest, MergeRules
+from braniac.protocol.tiles import TileLayout
 
 PARAMETERS = 1_011_000_000
 _MEASURED_TILES = 64

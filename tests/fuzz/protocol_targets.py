@@ -11,11 +11,12 @@ from google.protobuf.message import DecodeError
 
 from braniac.protocol import codec, limits, statements, wire
 from braniac.protocol import messages_pb2 as pb
-from braniac.protocol.codec import CodecRules, Sparse, TileLayout
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.errors import IdentityError, ManifestError, WireError
 from braniac.protocol.identity import PeerId, peer_id_from_text, peer_id_text
 from braniac.protocol.manifest import open_manifest, sign_manifest
 from braniac.protocol.messages import Equivocation, Message
+from braniac.protocol.tiles import Sparse, TileLayout
 from tests.fuzz.target import Target
 from tests.unit.swarm_harness import identity, make_manifest
 from tests.unit.test_protocol_codec import assert_legal, vector_of

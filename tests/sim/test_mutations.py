@@ -20,6 +20,7 @@ from braniac.protocol.engine import Engine
 from braniac.protocol.errors import WireError
 from braniac.protocol.history import History
 from braniac.protocol.round import Phase, SlotRound
+from braniac.protocol.tiles import Sparse
 from tests.sim.faults import HOUR_S, Mix
 from tests.sim.world import Plan, simulate
 from tests.unit.swarm_checks import one_more
@@ -41,7 +42,7 @@ def merge_in_floats(patch: Patch) -> None:
         layout = manifest.fragments[fragment].layout
         update = codec.decode(layout, manifest.down, merged.update)
         smaller = (update.values.astype(np.float32) * np.float32(0.99)).astype(np.int32)
-        rounded = codec.Sparse(update.positions, smaller)
+        rounded = Sparse(update.positions, smaller)
         return dataclasses.replace(merged, update=codec.encode(layout, manifest.down, rounded)[0])
 
     patch.setattr(datapath, "merge", careless)

@@ -11,6 +11,7 @@ from braniac.protocol import codec, committee, events, messages, statements, wir
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, Merged, merge
+from braniac.protocol.tiles import Sparse
 from tests.unit.swarm_harness import Peer, Swarm, identity
 
 WINDOW = 3  # fragments in the harness's default run
@@ -119,7 +120,7 @@ def one_more(manifest: Manifest, fragment: int, merged: Merged) -> Merged:
     update = codec.decode(layout, rules, merged.update)
     values = update.values.copy()
     values[values == values[0]] += np.int32(np.sign(values[0]) << 12)
-    return dataclasses.replace(merged, update=codec.encode(layout, rules, codec.Sparse(update.positions, values))[0])
+    return dataclasses.replace(merged, update=codec.encode(layout, rules, Sparse(update.positions, values))[0])
 
 
 SEQUENCE = iter(range(1 << 40, 1 << 41))

@@ -24,7 +24,7 @@ import numpy as np
 
 from braniac.protocol import codec, events, ledger
 from braniac.protocol.bitpack import Int32Array, Int64Array
-from braniac.protocol.codec import CodecRules, Sparse, TileLayout
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.engine import Engine
 from braniac.protocol.errors import WireError
 from braniac.protocol.history import History
@@ -32,6 +32,7 @@ from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import FragmentSpec, Manifest, MergeRules
 from braniac.protocol.merge import Contribution, Merged, merge
 from braniac.protocol.messages import FragmentState
+from braniac.protocol.tiles import Sparse, TileLayout
 
 EPOCH_S = 1_700_000_000.123
 SLOT_S = 1.0

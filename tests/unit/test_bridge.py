@@ -16,7 +16,8 @@ from braniac.model.gpt import GPT
 from braniac.node import bridge
 from braniac.node.errors import Incompatible
 from braniac.protocol import ledger
-from braniac.protocol.codec import Int32Array, Sparse
+from braniac.protocol.codec import Int32Array
+from braniac.protocol.tiles import Sparse
 from tests.unit.node_harness import CONFIG, FRAGMENTS, identity, make_manifest
 
 BELOW_16 = (1 << 24) - 1

@@ -21,10 +21,11 @@ from braniac.node.config import NodeConfig, RunSection
 from braniac.node.costs import costs_of, payload_bytes, slot_bytes
 from braniac.node.errors import NodeError
 from braniac.node.founding import found_run
-from braniac.protocol.codec import CodecRules, TileLayout, encode_topk
+from braniac.protocol.codec import CodecRules, encode_topk
 from braniac.protocol.identity import PeerId, peer_id_text
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Contribution, merge
+from braniac.protocol.tiles import TileLayout
 from tests.unit import swarm_harness
 from tests.unit.node_harness import EPOCH_S, identity
 

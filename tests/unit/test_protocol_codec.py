@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from braniac.protocol import bitpack, codec, limits
 from braniac.protocol.bitpack import Int64Array
-from braniac.protocol.codec import CodecRules, Sparse, TileLayout
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.errors import Refusal, WireError
+from braniac.protocol.tiles import Sparse, TileLayout, select_topk
 
 TILES = st.lists(st.tuples(st.integers(1, 80), st.integers(1, 4)), min_size=1, max_size=4)
 RULES = st.builds(CodecRules, st.sampled_from([1, 64, 1000, 2048, 4096]), st.integers(1, limits.MAGNITUDE_BITS_MAX))
@@ -121,7 +122,7 @@ def test_quantisation_is_close_and_keeps_signs() -> None:
 def test_topk_keeps_the_largest_and_of_equal_ones_the_first() -> None:
     layout = TileLayout(((8, 2),))
     vector = np.array([3, -5, 3, 3, 0, 1, -3, 2] + [7] * 8)
-    chosen = codec.select_topk(layout, vector, per_tile=4096 * 3 // 8)
+    chosen = select_topk(layout, vector, per_tile=4096 * 3 // 8)
     assert chosen.positions.tolist() == [0, 1, 2, 8, 9, 10]
     assert chosen.values.tolist() == [3, -5, 3, 7, 7, 7]
 
@@ -134,7 +135,7 @@ def test_topk_matches_a_plain_sort(groups: tuple[tuple[int, int], ...], kind: st
     layout = TileLayout(groups)
     for seed in range(2):
         vector = vector_of(layout, seed, kind).astype(dtype)
-        chosen = codec.select_topk(layout, vector, per_tile=400)
+        chosen = select_topk(layout, vector, per_tile=400)
         expected: list[int] = []
         starts = layout.tile_starts().tolist()
         for start, size, keep in zip(starts, layout.tile_sizes(), layout.capacity(400), strict=True):
@@ -145,7 +146,7 @@ def test_topk_matches_a_plain_sort(groups: tuple[tuple[int, int], ...], kind: st
 
 def test_magnitudes_beyond_int32_are_told_apart_no_more() -> None:
     vector = np.array([1 << 31, -(1 << 40), (1 << 31) - 1, (1 << 31) - 2])
-    chosen = codec.select_topk(TileLayout(((4, 1),)), vector, per_tile=3072)
+    chosen = select_topk(TileLayout(((4, 1),)), vector, per_tile=3072)
     assert chosen.positions.tolist() == [0, 1, 2]
     assert chosen.values.tolist() == [limits.LEVEL_MAX, -limits.LEVEL_MAX, limits.LEVEL_MAX]
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from braniac.protocol import codec, ledger, limits, screen
 from braniac.protocol.bitpack import Int32Array, Int64Array
-from braniac.protocol.codec import CodecRules, Sparse, TileLayout
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.errors import WireError
 from braniac.protocol.manifest import MergeRules
 from braniac.protocol.merge import Contribution, Merged, merge
+from braniac.protocol.tiles import EMPTY, Sparse, TileLayout
 from tests.unit.swarm_harness import identity, make_manifest
 
 LAYOUT = TileLayout(((16, 2), (5, 1)))
@@ -178,7 +179,7 @@ def test_what_the_update_left_out_stays_with_its_sender() -> None:
 
 
 def test_whoever_is_not_in_the_certificate_just_follows() -> None:
-    for nothing in (None, codec.EMPTY):
+    for nothing in (None, EMPTY):
         settlement = ledger.settle(sparse([2], [9]), nothing)
         assert settlement.anchor.tolist() == settlement.weights.tolist() == [9]
 

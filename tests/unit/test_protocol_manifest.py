@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from braniac.protocol import limits
-from braniac.protocol.codec import CodecRules, TileLayout
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.errors import ManifestError, VersionMismatch
 from braniac.protocol.manifest import (
     FragmentSpec,
@@ -24,6 +24,7 @@ from braniac.protocol.manifest import (
     sign_manifest,
     to_json,
 )
+from braniac.protocol.tiles import TileLayout
 from tests.unit.swarm_harness import identity, make_manifest
 
 FOUNDER = identity(0)

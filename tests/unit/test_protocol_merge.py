@@ -18,10 +18,11 @@ import pytest
 
 from braniac.protocol import codec, limits, screen
 from braniac.protocol.bitpack import Int64Array
-from braniac.protocol.codec import CodecRules, Sparse, TileLayout
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.errors import Refusal
 from braniac.protocol.manifest import MergeRules
 from braniac.protocol.merge import Contribution, Merged, merge
+from braniac.protocol.tiles import EMPTY, Sparse, TileLayout
 from tests.unit.swarm_harness import identity, make_manifest
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "merge.json"
@@ -209,7 +210,7 @@ def test_norms_are_exact_beyond_int64() -> None:
     values = np.full(count, limits.LEVEL_MAX, np.int32)
     assert screen.integer_norm(Sparse(np.arange(count), values)) ** 2 <= count * limits.LEVEL_MAX**2
     assert screen.integer_norm(Sparse(np.arange(4), values[:4])) == 2 * limits.LEVEL_MAX
-    assert screen.integer_norm(codec.EMPTY) == 0
+    assert screen.integer_norm(EMPTY) == 0
 
 
 def test_the_largest_legal_sums_do_not_overflow() -> None:

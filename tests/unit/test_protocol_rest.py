@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 
 from braniac.protocol import events, limits
-from braniac.protocol.codec import TileLayout
 from braniac.protocol.engine import Engine
+from braniac.protocol.tiles import TileLayout
 from tests.unit.swarm_checks import WINDOW, acknowledged_and_listed, assert_flowing, converge, owner_of
 from tests.unit.swarm_harness import Peer, Swarm
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from braniac.protocol import codec, limits, screen
 from braniac.protocol.bitpack import Int64Array
-from braniac.protocol.codec import Sparse, TileLayout
 from braniac.protocol.errors import Refusal
 from braniac.protocol.manifest import Manifest, MergeRules
 from braniac.protocol.merge import Contribution, Merged, merge
+from braniac.protocol.tiles import Sparse, TileLayout
 from tests.unit.swarm_harness import identity, make_manifest
 
 SIZE = 4096
