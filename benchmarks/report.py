@@ -133,8 +133,8 @@ def help_by(folder: Folder, swarm: str) -> str | None:
     return f"full-width loss {100 * (statistics.mean(ratios) - 1):+.2f}% against 2 full peers alone ({swarm})"
 
 
-def burstiness(folder: Folder) -> str | None:
-    rows = grouped(folder.rows("burst"), "method").get(("braniac",))
+def burstiness(folder: Folder, method: str) -> str | None:
+    rows = grouped(folder.rows("burst"), "method").get((method,))
     return None if rows is None else f"busiest second {peak_to_mean(rows):.1f} times the mean"
 
 
@@ -158,7 +158,18 @@ CLAIMS = (
     Claim(
         "Without a certificate the work is offered again later", "drops.py", "drops", lambda folder: rise(folder, 25)
     ),
-    Claim("Traffic is even, one small piece after the other", "burst.py", "burst", burstiness),
+    Claim(
+        "No exchange is huge: one small piece after the other",
+        "burst.py",
+        "burst",
+        functools.partial(burstiness, method="braniac"),
+    ),
+    Claim(
+        "With `caps.upload_pace` uploads are even",
+        "burst.py",
+        "burst",
+        functools.partial(burstiness, method="braniac_paced"),
+    ),
     *(
         Claim(
             f"A device trains the slice that fits it, and helps the whole by it ({swarm})",

@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 
 _DISK_RETRY_S = 1.0
 _GRACE_SLOTS = 0.5  # so long a peer that is asked for a blob may be silent, if somebody else may have it
-_PATIENCE_SLOTS = 2.0  # so long it may take: its uplink is paced, and others pull from it as well
+_PATIENCE_SLOTS = 2.0  # so long it may take: its uplink may be paced, and others pull from it as well
 
 
 @dataclass(frozen=True)
