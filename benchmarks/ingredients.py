@@ -28,8 +28,9 @@ from braniac.model.config import PRESETS, ModelConfig
 from braniac.model.data import Batches
 from braniac.model.evaluate import held_out_loss
 from braniac.model.gpt import GPT
-from braniac.model.sources import Corpus, TextSource
+from braniac.model.sources import Corpus
 from braniac.model.trainer import TrainSettings
+from braniac.node.text import default_text
 
 BASELINE = "baseline"
 _STUDENT_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by degrees of freedom
@@ -89,7 +90,7 @@ def main() -> None:
     halves = {"value embeddings in all layers": Variant({"value_embeddings": config.num_hidden_layers // 2})}
     known = VARIANTS | (halves if config.num_hidden_layers > 3 else {})
     variants = {name: v for name, v in known.items() if name == BASELINE or any(part in name for part in asked)}
-    corpus = TextSource().load(config.vocab_size)
+    corpus = default_text().load(config.vocab_size)
     losses: dict[str, list[float]] = {name: [] for name in variants}
     step_s: dict[str, list[float]] = {name: [] for name in variants}
     for seed in range(options.seeds):

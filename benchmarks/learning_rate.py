@@ -21,9 +21,10 @@ from braniac.model.config import PRESETS
 from braniac.model.data import Batches
 from braniac.model.evaluate import held_out_loss
 from braniac.model.objective import ObjectiveSettings
-from braniac.model.sources import Corpus, TextSource
+from braniac.model.sources import Corpus
 from braniac.model.tiers import tier_width
 from braniac.model.trainer import Trainer, TrainSettings
+from braniac.node.text import default_text
 
 
 def loss_of(options: argparse.Namespace, corpus: Corpus, tier: int, learning_rate: float, seed: int) -> float:
@@ -54,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = PRESETS[options.preset]
-    corpus = TextSource().load(config.vocab_size)
+    corpus = default_text().load(config.vocab_size)
     grid = [options.lowest * 2**point for point in range(options.points)]
     losses: dict[int, list[float]] = {}
     for tier in range(config.tiers):

@@ -4,9 +4,10 @@ Against optim.py, of which it is the frugal twin (same learning rates, same step
 * A matrix's momentum is int8. Its gradient arrives in blocks of rows that are forgotten once they have gone into the
   momentum; what is kept until the matrix is whole is the direction of the step, in bfloat16.
 * Directions are orthogonalised through their Gram matrix, in float32 (muon.py).
-* What has a row for each token (embedding, head, value embeddings) has one second moment per row (after Adafactor,
-  Shazeer & Stern 2018, arXiv 1804.04235) and no momentum; rows that no token asked for are left alone, and count their
-  own steps.
+* What has a row for each token (embedding, head, value embeddings) has one second moment per row and one per column,
+  whose product stands for that of each value (after Adafactor, Shazeer & Stern 2018, arXiv 1804.04235), and no
+  momentum. Rows that no token asked for are left alone, and count their own steps. As rows come in blocks, a block
+  sees the columns of the blocks before it and of its own.
 * Gains are float32, with Adam as ever.
 A gradient that is not finite goes nowhere: `refused` names the parameters that were left as they were.
 """
@@ -30,6 +31,7 @@ VALUES_AT_ONCE = 1 << 17
 """Values of a matrix that are in float32 at once: a few temporaries of that size stay in the processor's cache."""
 MULTIPLIED_AT_ONCE = 1 << 20
 """The same where they are multiplied by a matrix, which pays only for many rows."""
+_SPREAD_MIN = 1e-3  # what keeps a column whose gradients were all but zero from leaping
 
 
 class Direction:
@@ -64,6 +66,7 @@ class LeanOptimizer:
         self.momentum = {name: Int8Matrix(*p.shape) for name, p in others.items()}
         self.row_second = {name: torch.zeros(len(p)) for name, p in tables.items()}
         self.row_steps = {name: torch.zeros(len(p), dtype=torch.int32) for name, p in tables.items()}
+        self.column_second = {name: torch.zeros(p.shape[1]) for name, p in tables.items()}
         self.first = {name: torch.zeros_like(p) for name, p in self.gains.items()}
         self.second = {name: torch.zeros_like(p) for name, p in self.gains.items()}
         self.steps = torch.zeros((), dtype=torch.int64)
@@ -112,25 +115,38 @@ class LeanOptimizer:
                 moved = turned[part].mul_(-step).add_(target, alpha=1 - lr * self.weight_decay)
                 round_into_(target, moved, self._dice)
 
-    # --- tables: one second moment per row ---------------------------------------------------------------------------
+    # --- tables: second moments of rows and columns ------------------------------------------------------------------
 
     def update_rows(self, name: str, rows: slice | Tensor, gradient: Tensor) -> None:
-        """Move some rows of a table, by their float32 gradient [rows, cols], which is destroyed."""
+        """Move some rows of a table, by their float32 gradient [rows, cols], which is destroyed.
+
+        `rows` is a block of the table, all of which comes block by block in a step, or the only rows of a step.
+        """
         if not math.isfinite(gradient.sum().item()):
             self.refused.append(name)
             return
+        rows_in_step = len(self.params[name]) if isinstance(rows, slice) else len(rows)
         for part in row_slices(gradient, VALUES_AT_ONCE):
             place = slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
-            self._update_some_rows(name, place, gradient[part])
+            spread = self._column_spread(name, gradient[part], rows_in_step)
+            self._update_some_rows(name, place, gradient[part], spread)
 
-    def _update_some_rows(self, name: str, rows: slice | Tensor, gradient: Tensor) -> None:
+    def _column_spread(self, name: str, gradient: Tensor, rows_in_step: int) -> Tensor:
+        """[cols], how much larger than an average column's the gradients of each column are, these included."""
+        second = self.column_second[name]
+        # All rows of a step together count as much as one step does in Adam.
+        second.lerp_(gradient.square().mean(0), (1 - ADAM_BETAS[1]) * len(gradient) / rows_in_step)
+        return (second / second.mean().clamp_min(ADAM_EPSILON**2)).sqrt_().clamp_min_(_SPREAD_MIN)
+
+    def _update_some_rows(self, name: str, rows: slice | Tensor, gradient: Tensor, spread: Tensor) -> None:
         beta, second, steps = ADAM_BETAS[1], self.row_second[name], self.row_steps[name]
         steps[rows] += 1
         second[rows] = second[rows].lerp(gradient.square().mean(1), 1 - beta)
         deviation = (second[rows] / (1 - beta ** steps[rows].float())).sqrt_().add_(ADAM_EPSILON)
         lr = self.adam_learning_rate * self._lr_scale
         table = self.params[name]
-        moved = gradient.mul_((-lr / deviation)[:, None]).add_(table[rows], alpha=1 - lr * self.weight_decay)
+        step = gradient.div_(spread).mul_((-lr / deviation)[:, None])
+        moved = step.add_(table[rows], alpha=1 - lr * self.weight_decay)
         rounded = torch.empty(moved.shape, dtype=table.dtype)
         round_into_(rounded, moved, self._dice)
         table[rows] = rounded
@@ -162,6 +178,7 @@ class LeanOptimizer:
             | {f"scales.{name}": matrix.scales for name, matrix in self.momentum.items()}
             | {f"row_second.{name}": tensor for name, tensor in self.row_second.items()}
             | {f"row_steps.{name}": tensor for name, tensor in self.row_steps.items()}
+            | {f"column_second.{name}": tensor for name, tensor in self.column_second.items()}
             | {f"first.{name}": tensor for name, tensor in self.first.items()}
             | {f"second.{name}": tensor for name, tensor in self.second.items()}
             | {"steps": self.steps}

@@ -11,7 +11,7 @@ import torch
 from braniac.model import lean_layer, lean_loss
 from braniac.model.config import ModelConfig
 from braniac.model.data import Batches
-from braniac.model.errors import ConfigError, TrainingDiverged
+from braniac.model.errors import CheckpointError, ConfigError, TrainingDiverged
 from braniac.model.evaluate import held_out_loss
 from braniac.model.fragments import fragment_table, initial_fragment
 from braniac.model.gpt import GPT
@@ -205,7 +205,57 @@ def test_a_gradient_that_is_not_finite_goes_nowhere() -> None:
     after, _ = trainer.state()
     assert optimizer.refused == [name, "lm_head.weight"]
     assert torch.equal(before[name], after[name])
-    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    for key in ("lm_head.weight", *(f"optimizer.{kind}_second.lm_head.weight" for kind in ("row", "column"))):
+        assert torch.equal(before[key], after[key]), key
+
+
+def head_alone() -> tuple[LeanOptimizer, torch.Tensor]:
+    """An optimizer of nothing but a head that is zero, and the head."""
+    head = torch.zeros(256, 32, dtype=torch.bfloat16)
+    params = {"lm_head.weight": head}
+    return LeanOptimizer(params, NANO, learning_rate=0.1, adam_learning_rate=0.25, weight_decay=0.0), head
+
+
+BLOCKS = [slice(start, start + 64) for start in range(0, 256, 64)]
+
+
+@pytest.mark.parametrize("places", [[slice(0, 256)], BLOCKS, [torch.arange(0, 256, 5)]])
+def test_tables_move_alike_where_rows_and_columns_differ_in_scale(
+    places: list[slice] | list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("braniac.model.lean_optim.VALUES_AT_ONCE", 1000)
+    dice = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (256, 32), generator=dice) * 2.0 - 1
+    gradient = signs * torch.logspace(-5, 0, 256)[:, None] * torch.logspace(0, -2, 32)
+    gradient[:, -1] = 0
+    optimizer, table = head_alone()
+    expected = torch.zeros(256, 32)
+    for step in range(3):
+        optimizer.begin(1.0, step)
+        for rows in places:
+            optimizer.update_rows("lm_head.weight", rows, gradient[rows].clone())
+            expected[rows, :-1] -= 0.25 * signs[rows, :-1]
+    assert torch.allclose(table.float(), expected, rtol=0.01)
+
+
+def test_columns_remember_as_many_steps_whatever_the_blocks() -> None:
+    gradient = torch.ones(256, 32)
+    for places in ([slice(0, 256)], BLOCKS):
+        optimizer, _ = head_alone()
+        for step in range(14):
+            optimizer.begin(1.0, step)
+            for rows in places:
+                optimizer.update_rows("lm_head.weight", rows, gradient[rows].clone())
+        column = optimizer.column_second["lm_head.weight"]
+        assert torch.allclose(column, torch.full((32,), 1 - 0.95**14), rtol=0.02)
+
+
+def test_a_state_without_second_moments_of_columns_is_refused() -> None:
+    trainer = trainer_of()
+    tensors, counters = trainer.state()
+    del tensors["optimizer.column_second.lm_head.weight"]
+    with pytest.raises(CheckpointError, match=r"lacks tensor 'optimizer\.column_second\.lm_head\.weight'"):
+        trainer_of().load_state(tensors, counters)
 
 
 def test_a_tied_head_is_refused() -> None:
