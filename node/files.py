@@ -61,18 +61,22 @@ class ReadOnlyFiles(Files):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
 
-def write_whole(files: Files, path: Path, data: memoryview) -> None:
-    """Make `path` appear, whole and durable, or not at all. Raises OSError."""
+def write_whole(files: Files, path: Path, data: memoryview, *, keep: bool = False) -> None:
+    """Make `path` appear, whole and durable, or not at all. Raises OSError.
+
+    `keep`: then `path` holds what it held before, or `data`; without it, nothing if `data` may not be durable.
+    """
     temporary = path.with_name(path.name + ".tmp")
+    doubtful = [temporary]
     try:
         with files.create(temporary) as file:
             files.write(file, data)
             files.fsync(file)
         files.rename(temporary, path)
+        doubtful = [] if keep else [path]  # its name may not be durable, and `Store.put` would believe in it
         files.fsync_directory(path.parent)
     except OSError:
-        # The name must go too if the rename was done: it may not be durable, and `Store.put` would believe in it.
-        for leftover in (temporary, path):
+        for leftover in doubtful:
             with contextlib.suppress(OSError):
                 files.remove(leftover)
         raise

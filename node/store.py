@@ -141,7 +141,7 @@ class Store:
 
     def _write_number(self, name: str, number: int) -> None:
         with self._writing, self._disk_errors():
-            write_whole(self._files, self.root / name, memoryview(_sealed(number)))
+            write_whole(self._files, self.root / name, memoryview(_sealed(number)), keep=True)
 
     def put(self, data: bytes | memoryview) -> bytes:
         """Store `data` durably and return its SHA-256 (32 bytes); free if it is here already. Raises DiskFull."""

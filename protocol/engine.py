@@ -63,6 +63,7 @@ class Engine:
         self.me = identity.peer_id
         self.roster = Roster()
         self.history = history
+        history.prune(manifest.slot_at(now))  # of slots that have passed since it was saved
         self.addresses: tuple[str, ...] = ()
         self.tokens_per_s = 0.0
         self.loss: float | None = None

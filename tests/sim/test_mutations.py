@@ -57,7 +57,7 @@ def forget_what_was_sent(patch: Patch) -> None:
 def skip_syncs(patch: Patch) -> None:
     """Files appear by renaming, and nobody waits until they are on the medium."""
 
-    def write(files: Any, path: Any, data: memoryview) -> None:
+    def write(files: Any, path: Any, data: memoryview, *, keep: bool = False) -> None:
         temporary = path.with_name(path.name + ".tmp")
         with files.create(temporary) as file:
             files.write(file, data)

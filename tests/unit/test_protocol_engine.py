@@ -338,6 +338,19 @@ def test_nothing_is_signed_before_it_is_durable_that_it_may_have_been() -> None:
     assert due(engine, 16) == [13, 14]
 
 
+def test_a_start_forgets_what_went_beyond_the_horizon_meanwhile() -> None:
+    """Or it would hold that and all that it is told before its first slot begins."""
+    swarm = Swarm.running([0, 0])
+    swarm.run(2 * swarm.manifest.window)
+    history = swarm.peers[0].engine.history
+    held = [name.slot for name in history.recent(swarm.slot)]
+    late_slot = held[-1] + history.horizon
+    again = History.from_json(swarm.manifest, history.to_json())
+    now = swarm.manifest.slot_start(late_slot) + 0.5
+    Engine(swarm.manifest, identity(0), 0, incarnation=2, now=now, history=again)
+    assert [slot for slot in held if again.entry(slot) is not None] == held[:-1]
+
+
 def test_a_start_in_the_past_signs_nothing_that_an_earlier_one_may_have_signed() -> None:
     """The clock lost its time and nobody is there to ask: alone, it would decide every slot once more."""
     swarm = Swarm.running([0])

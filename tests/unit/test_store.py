@@ -350,6 +350,26 @@ def test_a_full_disk_at_every_call_keeps_the_last_generation(tmp_path: Path, cod
         assert store.recover() == Generation(number + 1, {"step": at}, tuple(sorted(map(sha256, blobs_of(at)))))
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_takes_no_number_away(tmp_path: Path, code: int) -> None:
+    """A start that was forgotten would repeat sequence numbers, and a forgotten seat might be used twice."""
+    files = FullFiles(0, code)
+    with opened(tmp_path, files=files) as store:
+        started = store.count_start(5)
+        store.note_signing(7)
+        for at in range(1, 6):  # create, write, sync, rename, sync
+            files.at = at
+            with pytest.raises(DiskFull):
+                store.count_start(5)
+            files.at = at
+            with pytest.raises(DiskFull):
+                store.note_signing(8)
+        assert store.signed_slot() in (7, 8)
+        files.at = 0
+        assert store.count_start(5) > started
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_blob_whose_name_may_not_last_is_not_believed_in(tmp_path: Path) -> None:
     """The rename is done and syncing it fails: a `put` that repeats must do the work again."""
     files = FullFiles(0, errno.EIO)
