@@ -113,8 +113,8 @@ class Blobs:
         failures: list[Unreachable | BlobUnavailable] = []
         heard_s = self._clock.monotonic()
         deadline_s = heard_s + patience_s
-        a_chunk_s = self._grace_s + min(size, limits.CHUNK_BYTES_MAX) / _SLOW_BYTES_PER_S
-        silence_s = a_chunk_s if math.isfinite(patience_s) else patience_s
+        asked_bytes = min(size, _CHUNKS_AT_A_TIME * limits.CHUNK_BYTES_MAX)  # at once: they share the holder's uplink
+        silence_s = self._grace_s + asked_bytes / _SLOW_BYTES_PER_S if math.isfinite(patience_s) else math.inf
 
         async def pull_chunk(begin: int) -> None:
             nonlocal missing, heard_s

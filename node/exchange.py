@@ -133,7 +133,8 @@ class Exchange:
         size = self._store.size(request.digest)
         if size is None or request.offset > size:
             raise WireError(Refusal.NOT_READY, "no such blob here")
-        throttle, paced = self.throttle, not self.is_anchor(request.digest)
+        throttle = self.throttle
+        paced = throttle.pace.rate > 0 and not self.is_anchor(request.digest)
         if throttle.used_up or throttle.busy(paced=paced):
             raise WireError(Refusal.OVERLOADED, "no bandwidth to spare")
         rates = (throttle.upload, throttle.pace) if paced else (throttle.upload,)

@@ -185,7 +185,7 @@ def _rank_where_few(row: Int64Array, magnitude: Int64Array, rows: int, bits: int
 
 
 def _group_sums(group: Int64Array, magnitude: Int64Array, groups: int) -> tuple[Int64Array, Int64Array]:
-    """Count and sum per group. Float64 sums are exact here: at most 8 x 4096 values of 24 bits."""
+    """Count and sum per group. Float64 sums are exact here: at most 4096 values of 24 bits."""
     count = np.bincount(group, minlength=groups)
     total = np.bincount(group, weights=magnitude, minlength=groups)
     return count, total.astype(np.int64)
