@@ -259,13 +259,15 @@ class DataPath:
 
     async def note_signing(self, slot: int) -> None:
         """Let the engine sign in the slots ahead, once it is durable that it may have done so."""
-        last = slot + limits.SIGNING_AHEAD_SLOTS
+        first, last = max(0, slot - limits.PROPOSAL_OPEN_SLOTS), slot + limits.SIGNING_AHEAD_SLOTS
+        if last < first:
+            return  # the run has not begun
         try:
-            await asyncio.to_thread(self._node.store.note_signing, last)
+            noted = await asyncio.to_thread(self._node.store.note_signing, first, last)
         except DiskFull as error:
             self._status.trouble("disk", str(error))
             return
-        self._engine.may_sign(last)
+        self._engine.may_sign(noted)
 
     async def merge(self, due: events.MergeDue) -> None:
         """Merge the contributions to a slot that this node owns."""

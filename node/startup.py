@@ -236,7 +236,7 @@ async def equip(
         incarnation=membership.incarnation,
         now=node.swarm_clock.now(),
         history=history,
-        signed_slot=node.store.signed_slot(),
+        signed=node.store.signed(),
     )
     for state in replica.anchors.values():
         engine.anchor_known(state)

@@ -4,7 +4,7 @@
     <root>/blobs/<2 hex>/<64 hex>            anchors, weights, optimizer state, pending payloads
     <root>/generations/<12 digits>.json      the manifests, see generation.py
     <root>/starts                            the number of the last start, see `count_start`
-    <root>/signed                            the last slot that may have been signed for, see `note_signing`
+    <root>/signed                            the slots that may have been signed for, see `note_signing`
 
 Blobs are durable before the manifest that names them is written, and one rename makes the manifest appear, so at every
 instant the newest readable manifest is a whole generation: a crash leaves the old one or the new one, never a mix.
@@ -29,6 +29,7 @@ from braniac.node.errors import ConfigError, ResourceError, StateError
 from braniac.node.files import Files, ReadOnlyFiles, make_directory, remove_others, write_whole
 from braniac.node.generation import JSON, Generation, decode_manifest, encode_manifest
 from braniac.node.lock import DirectoryLock
+from braniac.protocol.spans import Spans
 
 _DIGEST_BYTES = 32
 _MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
@@ -36,10 +37,9 @@ _STARTS_MAX = (1 << 32) - 1
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
-def _sealed(number: int) -> bytes:
-    """A number and its hash: one digit that rots could keep a node silent for years."""
-    digits = b"%d" % number
-    return digits + b" " + hashlib.sha256(digits).hexdigest().encode()
+def _sealed(text: str) -> bytes:
+    """A line and its hash: one digit that rots could keep a node silent for years."""
+    return f"{text} {hashlib.sha256(text.encode()).hexdigest()}".encode()
 
 
 class DiskFull(ResourceError):
@@ -116,32 +116,37 @@ class Store:
 
         It is durable when this returns, however soon the process ends. Raises DiskFull.
         """
-        before = self._number_in("starts")  # none yet, or damaged: then `least` has to do
+        before = int(self._line_in("starts") or 0)  # none yet, or damaged: then `least` has to do
         number = max(least, before + 1 if before < _STARTS_MAX else 0)
-        self._write_number("starts", number)
+        self._write_line("starts", str(number))
         return number
 
-    def note_signing(self, slot: int) -> None:
-        """Make it durable that there may be signatures for slots up to this one. Raises DiskFull."""
+    def note_signing(self, first: int, last: int) -> Spans:
+        """Make it durable that there may be signatures for these slots too; all such slots. Raises DiskFull."""
         with self._writing:
-            self._write_number("signed", max(slot, self.signed_slot()))
+            signed = self.signed().adding(first, last)
+            self._write_line("signed", signed.to_text())
+        return signed
 
-    def signed_slot(self) -> int:
-        """The last slot for which there may be signatures, -1 if there are none."""
-        return self._number_in("signed", -1)
+    def signed(self) -> Spans:
+        """The slots for which there may be signatures."""
+        try:
+            return Spans.from_text(self._line_in("signed") or "")
+        except ValueError:
+            return Spans()
 
-    def _number_in(self, name: str, default: int = 0) -> int:
-        """The number in a small file; `default` if there is none, or if it is damaged."""
+    def _line_in(self, name: str) -> str | None:
+        """The line in a small file; None if there is none, or if it is damaged."""
         try:
             data = (self.root / name).read_bytes()
-            number = int(data.partition(b" ")[0])
+            line = data.rpartition(b" ")[0].decode("ascii")
         except (OSError, ValueError):
-            return default
-        return number if data == _sealed(number) else default
+            return None
+        return line if data == _sealed(line) else None
 
-    def _write_number(self, name: str, number: int) -> None:
+    def _write_line(self, name: str, line: str) -> None:
         with self._writing, self._disk_errors():
-            write_whole(self._files, self.root / name, memoryview(_sealed(number)), keep=True)
+            write_whole(self._files, self.root / name, memoryview(_sealed(line)), keep=True)
 
     def put(self, data: bytes | memoryview) -> bytes:
         """Store `data` durably and return its SHA-256 (32 bytes); free if it is here already. Raises DiskFull."""

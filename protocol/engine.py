@@ -34,6 +34,7 @@ from braniac.protocol.messages import FragmentState, Heartbeat, Message
 from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Member, Roster
 from braniac.protocol.rounds import Rounds
+from braniac.protocol.spans import Spans
 from braniac.protocol.witness import Witness
 
 
@@ -49,12 +50,12 @@ class Engine:
         incarnation: int,
         now: float,
         history: History,
-        signed_slot: int | None = None,
+        signed: Spans | None = None,
     ) -> None:
         """`incarnation` must grow with every start of an identity; `history` is what was recovered, or new.
 
-        An earlier life may have signed for slots up to `signed_slot`: nothing is signed for these again, nor for later
-        ones before `may_sign`. None: there was no earlier life, and there will be no later one.
+        An earlier life may have signed for the slots in `signed`: nothing is signed for these again, nor for others
+        before `may_sign`. None: there was no earlier life, and there will be no later one.
         At `manifest.observer_tier` it holds nothing and only listens: it must not be `set_ready`.
         """
         assert 0 <= tier <= manifest.observer_tier
@@ -77,16 +78,12 @@ class Engine:
         self._outbox = Outbox(identity, manifest.run_id, incarnation, self.roster)
         self._parts = listing.parts_of(manifest)
         self._slot = self._rejoined_slot = manifest.slot_at(now)
-        self._silent_slot = self._slot if signed_slot is None else max(self._slot, signed_slot)
-        """Nothing is signed for slots up to here."""
         self._agreement = Agreement(manifest, self.me, manifest.held(tier), self._slot)
         self._greetings = Greetings(self.me, self.roster, self._outbox.send, self._heartbeat)
         self._repeat_at = now
         self._events: deque[events.Event] = deque()
         send, emit = self._outbox.send, self._events.append
-        self._rounds = Rounds(manifest, identity, tier, self.roster, self._slot, self._silent_slot, send, emit)
-        if signed_slot is not None:
-            self._rounds.signing_slot = signed_slot
+        self._rounds = Rounds(manifest, identity, tier, self.roster, self._slot, signed, send, emit)
         self._certificates = Certificates(
             manifest, self.me, tier, self._slot, history, self._agreement, self.roster, self._rounds, self._outbox, emit
         )
@@ -178,9 +175,9 @@ class Engine:
         self._rounds.ready_slot = max(0, self._slot)
         self._broadcast(self._heartbeat(self._parts))
 
-    def may_sign(self, slot: int) -> None:
-        """It is durable that this peer may have signed for slots up to here: now it may."""
-        self._rounds.signing_slot = max(slot, self._rounds.signing_slot)
+    def may_sign(self, noted: Spans) -> None:
+        """It is durable that this peer may have signed for these slots: now it may, but for those of earlier lives."""
+        self._rounds.noted = noted
 
     def set_reachable(self, reachable: bool) -> None:
         """Whether others can dial this peer. If not it goes on contributing and leaves the seats to those that can be.
@@ -314,8 +311,7 @@ class Engine:
         self._witness.forget(slot - self.manifest.window)
         self.history.prune(slot)
         self.roster.forget(slot)
-        signable = max(-1, self._silent_slot) < slot <= self._rounds.signing_slot
-        due = signable and slot not in self.history.offers  # one offer per slot, ever
+        due = slot >= 0 and self._rounds.may_sign(slot) and slot not in self.history.offers  # one offer per slot, ever
         due = due and self._rounds.draws(slot, self.me)
         if self.ready and due and fragment in self.history.last and not self._agreement.outdated(fragment, slot):
             self._events.append(events.FragmentDue(slot, fragment))

@@ -67,6 +67,7 @@ ROSTER_ANSWER_SLOTS = 16  # a peer is told the whole roster once in so many
 HEARTBEAT_FRESH_SLOTS = 8  # every heartbeat lists what was decided within so many slots
 PROPOSAL_OPEN_SLOTS = 2  # a slot without a certificate this long after its end stays without
 ELIGIBLE_SLOTS = 2  # a peer sits in committees this long after it said it was ready, so that all know it
+SIGNED_SPANS_MAX = 32  # of slots that may ever have been signed for; more are joined, at the smallest gaps
 SIGNING_AHEAD_SLOTS = 2  # a peer notes durably that it may sign so far ahead: what a restart costs it in seats
 HISTORY_WINDOWS = 4  # certificates are kept, served and accepted this many windows back
 REPEATS_PER_SLOT = 4  # how often what may have been lost is said again

@@ -16,6 +16,7 @@ from braniac.protocol.merge import Merged
 from braniac.protocol.messages import Certificate, Commitment, Message, Presence, SignedVerdict, Verdict, Vote
 from braniac.protocol.roster import Member, Roster, dialable
 from braniac.protocol.round import Phase, SlotRound
+from braniac.protocol.spans import Spans
 
 
 class Rounds:
@@ -28,19 +29,23 @@ class Rounds:
         tier: int,
         roster: Roster,
         start_slot: int,
-        silent_slot: int,
+        signed: Spans | None,
         send: Callable[[PeerId, Message], None],
         emit: Callable[[events.Event], None],
     ) -> None:
-        """`silent_slot`: nothing is signed for slots up to here, this peer may have done so before a restart."""
+        """Nothing is signed for slots up to `start_slot`, nor for those in `signed`: an earlier life may have done so.
+
+        None: there was no earlier life, and there will be no later one.
+        """
         self._manifest = manifest
         self._identity = identity
         self._me = identity.peer_id
         self._tier = tier
         self._roster = roster
-        self._silent_slot = silent_slot
-        self.signing_slot = float("inf")
-        """Nothing is signed for slots after this one: a restart would not know of it."""
+        self._start_slot = start_slot
+        self._signed = signed or Spans()
+        self.noted = None if signed is None else Spans()
+        """Nothing is signed for other slots, a restart would not know of it; None: there will be no restart."""
         self._send = send
         self._emit = emit
         self._rounds: dict[int, SlotRound] = {}
@@ -67,6 +72,14 @@ class Rounds:
     def busy(self) -> bool:
         """Whether a slot that this peer owns still waits for its certificate."""
         return any(r.owned and r.phase not in (Phase.CERTIFIED, Phase.ABANDONED) for r in self._rounds.values())
+
+    def silent_in(self, slot: int) -> bool:
+        """Whether this peer may have signed for that slot before it was restarted: it does not do so again."""
+        return slot <= self._start_slot or slot in self._signed
+
+    def may_sign(self, slot: int) -> bool:
+        """Whether it has not done so in an earlier life, and a later one would know of it."""
+        return not self.silent_in(slot) and (self.noted is None or slot in self.noted)
 
     def next_deadline(self) -> float:
         """When the next round of this peer's own must close with what it has."""
@@ -172,10 +185,10 @@ class Rounds:
         slot, fragment = current.slot, current.fragment
         holders = [m.peer for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment)]
         expected = [peer for peer in holders if self.draws(slot, peer) and self._has_place(current, peer)]
-        mine = self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and slot > self._silent_slot
+        mine = self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and not self.silent_in(slot)
         if mine and self.draws(slot, self._me):
             expected.append(self._me)
-        if slot <= self.signing_slot and current.may_close(expected, overdue=now >= self._overdue_at(slot)):
+        if self.may_sign(slot) and current.may_close(expected, overdue=now >= self._overdue_at(slot)):
             self._close(current)
 
     def _close(self, current: SlotRound) -> None:
@@ -206,9 +219,9 @@ class Rounds:
     def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
         """Take up an owner's proposal: it is signed once its merge was found to be right. Raises WireError."""
         self._check_slot(verdict.slot, verdict.fragment)
-        if verdict.slot <= self._silent_slot:
+        if self.silent_in(verdict.slot):
             raise WireError(Refusal.NOT_READY, "this peer may have signed for that slot before it was restarted")
-        if verdict.slot > self.signing_slot:
+        if not self.may_sign(verdict.slot):
             raise WireError(Refusal.NOT_READY, "this peer could not note yet that it signs for that slot")
         current = self._seat(verdict.slot)
         for commitment in verdict.commitments:
@@ -291,7 +304,7 @@ class Rounds:
     def _dialable(self, members: Iterable[Member], slot: int, *, with_me: bool) -> list[PeerId]:
         """Those that can be dialled. Only if there is nobody like that, all the others."""
         eligible = {member.peer: member.dialable(slot) for member in members}
-        if with_me and 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS and slot > self._silent_slot:
+        if with_me and 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS and not self.silent_in(slot):
             eligible[self._me] = dialable(self.unreachable_slot, slot)
         return [peer for peer, can_be_dialled in eligible.items() if can_be_dialled] or list(eligible)
 

@@ -32,6 +32,7 @@ from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import FragmentSpec, Manifest, MergeRules
 from braniac.protocol.merge import Contribution, Merged, merge
 from braniac.protocol.messages import FragmentState
+from braniac.protocol.spans import Spans
 from braniac.protocol.tiles import Sparse, TileLayout
 
 EPOCH_S = 1_700_000_000.123
@@ -123,7 +124,7 @@ class Peer:
         self.incarnation = 0
         self.alive = self.awake = False
         self.trains = True
-        self.signed_slot = -1
+        self.signed = Spans()
         """What the disk says of earlier lives when it starts."""
         self.resting = self.catching_up = False
         """The latter: back from a rest, and not yet where the others are."""
@@ -227,9 +228,9 @@ class Peer:
             incarnation=self.incarnation,
             now=self.swarm.now,
             history=history,
-            signed_slot=self.signed_slot,
+            signed=self.signed,
         )
-        self.engine.may_sign(1 << 40)
+        self.engine.may_sign(Spans(((0, 1 << 40),)))
         for f in history.last:
             self.engine.anchor_known(self.states[f])
         for other in self.swarm.peers:

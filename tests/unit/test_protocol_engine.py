@@ -9,6 +9,7 @@ from braniac.protocol.engine import Engine
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.history import History
 from braniac.protocol.messages import FragmentState
+from braniac.protocol.spans import Spans
 from tests.unit.swarm_checks import (
     WINDOW,
     acknowledged_and_listed,
@@ -328,13 +329,12 @@ def test_nothing_is_signed_before_it_is_durable_that_it_may_have_been() -> None:
     history = History(manifest)
     history.begin(manifest.held(0))
     now = manifest.slot_start(4)
-    engine = Engine(manifest, identity(0), 0, incarnation=2, now=now, history=history, signed_slot=9)
+    engine = Engine(manifest, identity(0), 0, incarnation=2, now=now, history=history, signed=Spans(((5, 9),)))
     for fragment in manifest.held(0):
         engine.anchor_known(FragmentState(fragment, -1, bytes(32)))
     engine.set_ready()
     assert due(engine, 12) == []
-    engine.may_sign(14)
-    engine.may_sign(13)
+    engine.may_sign(Spans(((5, 9), (12, 14))))
     assert due(engine, 16) == [13, 14]
 
 
@@ -356,12 +356,26 @@ def test_a_start_in_the_past_signs_nothing_that_an_earlier_one_may_have_signed()
     swarm = Swarm.running([0])
     alone = swarm.peers[0]
     alone.kill()
-    alone.signed_slot = swarm.slot + 6
+    last = swarm.slot + 6
+    alone.signed = Spans(((swarm.slot, last),))
     alone.restart()
     swarm.run(12)
-    first = alone.signed_slot + 1
-    assert not any(swarm.certified(first - 6 + 1, first - 1).values())
-    assert_flowing(swarm, first, swarm.slot - 2)
+    assert not any(swarm.certified(last - 6 + 2, last).values())
+    assert_flowing(swarm, last + 1, swarm.slot - 2)
+
+
+def test_a_life_an_hour_ahead_costs_no_hour_of_silence() -> None:
+    """Only what was then signed for is left to others, once its time has come."""
+    swarm = Swarm.running([0])
+    alone = swarm.peers[0]
+    alone.kill()
+    ahead = range(swarm.slot + 20, swarm.slot + 24)
+    alone.signed = Spans().adding(0, swarm.slot).adding(ahead[0], ahead[-1])
+    alone.restart()
+    swarm.run(40)
+    assert_flowing(swarm, ahead[0] - 15, ahead[0] - 1)
+    assert not any(swarm.certified(ahead[0], ahead[-1]).values())
+    assert_flowing(swarm, ahead[-1] + 1, swarm.slot - 2)
 
 
 # --- fragments that are lost -----------------------------------------------------------------------------------------

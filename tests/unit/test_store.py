@@ -20,6 +20,7 @@ from braniac.node.errors import AlreadyRunning, ConfigError, StateError
 from braniac.node.files import Files
 from braniac.node.generation import JSON, Generation, decode_manifest, encode_manifest
 from braniac.node.store import BlobDamaged, BlobMissing, DiskFull, Store
+from braniac.protocol.spans import Spans
 from tests.sim.disk import CrashingFiles, PowerCut
 
 
@@ -187,27 +188,34 @@ def test_the_number_of_a_start_survives_a_crash(tmp_path: Path, mode: str) -> No
 
 def test_what_may_be_signed_is_remembered(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        assert store.signed_slot() == -1
-        store.note_signing(7)
-        store.note_signing(5)
+        assert store.signed() == Spans()
+        store.note_signing(5, 7)
+        assert store.note_signing(2647, 2650) == Spans(((5, 7), (2647, 2650)))
+        store.note_signing(4, 8)
     with opened(tmp_path) as store:
-        assert store.signed_slot() == 7
+        assert store.signed() == Spans(((4, 8), (2647, 2650)))
     data = bytearray((tmp_path / "signed").read_bytes())
     data[0] += 1
     (tmp_path / "signed").write_bytes(data)
     with opened(tmp_path) as store:
-        assert store.signed_slot() == -1
+        assert store.signed() == Spans()
+
+
+def test_one_number_as_it_was_once_stored_stands_for_all_slots_up_to_it(tmp_path: Path) -> None:
+    (tmp_path / "signed").write_bytes(b"7 " + hashlib.sha256(b"7").hexdigest().encode())
+    with opened(tmp_path) as store:
+        assert store.signed() == Spans(((0, 7),))
 
 
 @pytest.mark.parametrize("mode", ["kill", "power", "reorder"])
 def test_what_may_be_signed_survives_a_crash(tmp_path: Path, mode: str) -> None:
     files = CrashingFiles(0, mode)
     with opened(tmp_path, files=files) as store:
-        store.note_signing(7)
+        store.note_signing(5, 7)
     with contextlib.suppress(PowerCut):
         files.crash()
     with opened(tmp_path) as store:
-        assert store.signed_slot() == 7
+        assert store.signed() == Spans(((5, 7),))
 
 
 # Blobs
@@ -356,15 +364,15 @@ def test_a_full_disk_takes_no_number_away(tmp_path: Path, code: int) -> None:
     files = FullFiles(0, code)
     with opened(tmp_path, files=files) as store:
         started = store.count_start(5)
-        store.note_signing(7)
+        store.note_signing(5, 7)
         for at in range(1, 6):  # create, write, sync, rename, sync
             files.at = at
             with pytest.raises(DiskFull):
                 store.count_start(5)
             files.at = at
             with pytest.raises(DiskFull):
-                store.note_signing(8)
-        assert store.signed_slot() in (7, 8)
+                store.note_signing(6, 8)
+        assert store.signed().last in (7, 8)
         files.at = 0
         assert store.count_start(5) > started
     assert not list(tmp_path.rglob("*.tmp"))
