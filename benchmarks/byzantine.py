@@ -27,6 +27,7 @@ from attacks import ACTIVE, Attackers
 from malformed import bad_payloads, hold_court
 
 from braniac.model.sources import Corpus
+from braniac.node.founding import TURNS
 from braniac.node.text import default_text
 from braniac.protocol import limits
 from braniac.protocol.codec import CodecRules
@@ -89,7 +90,7 @@ def malformed(plan: Plan, corpus: Corpus, clean: float) -> dict[str, Any]:
 
 def honest(plan: Plan, corpus: Corpus) -> dict[str, float]:
     """Share of the contributions of honest swarms that the screens leave out, in percent."""
-    sparse = replace(plan, up=CodecRules(64, 1), down=CodecRules(256, 2))
+    sparse = replace(plan, up=CodecRules(64, 1, TURNS), down=CodecRules(256, 2))
     swarms = {
         "2 peers": replace(plan, tiers=(0,) * 2),
         "3 peers": replace(plan, tiers=(0,) * 3),

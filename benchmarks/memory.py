@@ -41,7 +41,7 @@ from braniac.model.sources import Corpus
 from braniac.model.tiers import EMBEDDING, parameter_count, parameter_shapes
 from braniac.model.trainer import Trainer, TrainSettings, default_precision, memory_bytes_needed
 from braniac.node import bridge
-from braniac.node.founding import RECIPES
+from braniac.node.founding import RECIPES, TURNS
 from braniac.protocol import codec, ledger
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity
@@ -159,7 +159,7 @@ def manifest_of(config: ModelConfig, fragments: tuple[Fragment, ...], preset: st
         data={},
         layout_digest=bytes(32),
         fragments=bridge.fragment_specs(fragments),
-        up=CodecRules(recipe.up_per_tile, 1),
+        up=CodecRules(recipe.up_per_tile, 1, TURNS),
         down=CodecRules(recipe.down_per_tile, 2),
         merge=MergeRules(),
     )

@@ -15,6 +15,7 @@ import json
 import torch
 
 from braniac.model.config import PRESETS
+from braniac.node.founding import TURNS
 from braniac.node.text import default_text
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.manifest import MergeRules
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         steps=options.steps,
         batch=8,
         fragments=options.fragments,
-        up=CodecRules(options.up, options.up_bits),
+        up=CodecRules(options.up, options.up_bits, TURNS),
         down=CodecRules(options.down, options.down_bits),
         merge=MergeRules(step_q16=round(options.step * 65536), coverage_halves=options.coverage),
         evaluated=64,

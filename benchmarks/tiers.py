@@ -33,6 +33,7 @@ import torch
 from scipy import stats
 
 from braniac.model.sources import Corpus
+from braniac.node.founding import TURNS
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.manifest import MergeRules
 from outer import command
@@ -146,7 +147,7 @@ def main() -> int:
         fragments=options.fragments,
         rate=options.rate,
         cooldown=True,
-        up=CodecRules(options.up, 1),
+        up=CodecRules(options.up, 1, TURNS),
         down=CodecRules(options.down, 2),
         merge=MergeRules(step_q16=round(options.step * 65536), coverage_halves=options.coverage),
     )

@@ -27,6 +27,9 @@ class Recipe:
     down_per_tile: int
 
 
+TURNS = 4
+"""Whose values a contribution may hold: after up to three misses in a row nothing is behind."""
+
 RECIPES = {
     # Minutes long, for trying things out: each window carries 6% of the values, so that few windows are enough.
     "tiny": Recipe(slot_s=1.0, fragments=8, up_per_tile=256, down_per_tile=1024),
@@ -72,7 +75,7 @@ def found_run(
         data={"tokenizer": tokenizer.name},
         layout_digest=layout_digest(config, fragments),
         fragments=bridge.fragment_specs(fragment_table(config, fragments)),
-        up=CodecRules(run.up_per_tile or recipe.up_per_tile, magnitude_bits=1),
+        up=CodecRules(run.up_per_tile or recipe.up_per_tile, magnitude_bits=1, turns=TURNS),
         down=CodecRules(run.down_per_tile or recipe.down_per_tile, magnitude_bits=2),
         merge=MergeRules(),
     )

@@ -81,6 +81,8 @@ class Replica:
         self._moved: set[int] = set()
         """Lean: fragments whose anchor is newer than their part."""
         self._offered_at: dict[int, int] = {}
+        self._missed: dict[int, int] = {}
+        """Offers of each fragment since one was last taken, this life's."""
         self._began_tokens = trainer.progress.tokens
         self._pins: dict[bytes, int] = {}
         self._pins_lock = threading.Lock()
@@ -125,16 +127,18 @@ class Replica:
         cut = self._fragments[fragment]
         weights, snapshot = await self.trainer.call(lambda trainer: (trainer.read(cut), self._snapshot(trainer)))
         tokens = self.trainer.progress.tokens
+        turns = self.manifest.up.turns_after(self._missed.get(fragment, 0))
 
         def encode() -> tuple[bytes, int]:
             uncommitted = ledger.residual(bridge.to_fixed_point(weights), self.anchor(fragment))
             layout = self.manifest.fragments[fragment].layout
-            payload, _ = codec.encode_topk(layout, self.manifest.up, uncommitted)
+            payload, _ = codec.encode_topk(layout, self.manifest.up, uncommitted, turns)
             return self._store.put(payload), len(payload)
 
         digest, size = await asyncio.to_thread(encode)
         since = tokens - self._offered_at.get(fragment, self._began_tokens)
         self._offered_at[fragment] = tokens
+        self._missed[fragment] = self._missed.get(fragment, 0) + 1
         return Prepared(fragment, digest, size, since, snapshot)
 
     def _snapshot(self, trainer: Trainer) -> Snapshot:
@@ -168,6 +172,8 @@ class Replica:
         self._former.append(before.digest)
         self.anchors[index] = FragmentState(index, max(before.slot, verdict.slot), digest)
         self._moved.add(index)
+        if update.acknowledged and not update.undo:
+            self._missed.pop(index, None)
         self._count(update)
         return self.anchors[index]
 
@@ -184,6 +190,7 @@ class Replica:
         await self.trainer.call(functools.partial(_load, cut, bridge.to_weights(anchor)))
         await self.trainer.call(lambda trainer: self.trainer.compare_anew())
         self.anchors[state.fragment] = state
+        self._missed.pop(state.fragment, None)
         self.parts.pop(state.fragment, None)
         self._moved.discard(state.fragment)
 
@@ -195,6 +202,7 @@ class Replica:
             await self.trainer.call(functools.partial(_load, cut, weights))
             self.parts.pop(index, None)
             self._moved.discard(index)
+        self._missed.clear()
         await self.trainer.call(lambda trainer: self.trainer.start_over())
 
     async def commit(

@@ -14,8 +14,8 @@ slot_s: 1.0               # one fragment is averaged per slot
 fragments: 8              # pieces that the parameters are cut into; as many slots make a window
 
 codec:                    # values kept of each 64x64 tile, and bits of their magnitude
-  up: {per_tile: 256, magnitude_bits: 1}       # what a peer sends
-  down: {per_tile: 1024, magnitude_bits: 2}    # what everybody gets back
+  up: {per_tile: 256, magnitude_bits: 1, turns: 4}    # what a peer sends; after misses so many turns' values at once
+  down: {per_tile: 1024, magnitude_bits: 2}           # what everybody gets back
 
 merge:
   step: 1.0               # outer step size, 1/64 to 4

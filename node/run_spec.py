@@ -22,14 +22,14 @@ from braniac.model.tokenizer import BYTES, Tokenizer
 from braniac.node import bridge
 from braniac.node.config import DataSection, Section
 from braniac.node.errors import ConfigError
-from braniac.node.founding import RECIPES, check_vocabulary
+from braniac.node.founding import RECIPES, TURNS, check_vocabulary
 from braniac.node.run_data import OptimizerSpec, RunData, Text
 from braniac.node.settings_merge import expected_text, shown_text
 from braniac.node.text import given_tokenizer
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.errors import ManifestError
 from braniac.protocol.identity import Identity
-from braniac.protocol.limits import FRAGMENTS_MAX, MAGNITUDE_BITS_MAX, TILE_SIZE_MAX
+from braniac.protocol.limits import FRAGMENTS_MAX, MAGNITUDE_BITS_MAX, TILE_SIZE_MAX, TURNS_MAX
 from braniac.protocol.manifest import Manifest, MergeRules, open_manifest, sign_manifest
 
 FILE_BYTES_MAX = 1 << 20
@@ -42,10 +42,17 @@ class DirectionSpec(Section):
     magnitude_bits: int | None = Field(default=None, ge=1, le=MAGNITUDE_BITS_MAX)
 
 
+class UpSpec(DirectionSpec):
+    """The codec of contributions."""
+
+    turns: int = Field(default=TURNS, ge=1, le=TURNS_MAX)
+    """Who missed turns may send the values of so many at once; 1: of one, as always."""
+
+
 class CodecSpec(Section):
     """What travels."""
 
-    up: DirectionSpec = DirectionSpec()
+    up: UpSpec = UpSpec()
     down: DirectionSpec = DirectionSpec()
 
 
@@ -171,7 +178,7 @@ def manifest_of(spec: RunSpec, founder: Identity, now: float) -> tuple[Manifest,
             data=data.to_data(),
             layout_digest=layout_digest(model, fragments),
             fragments=bridge.fragment_specs(table),
-            up=CodecRules(up.per_tile or pace.up_per_tile, up.magnitude_bits or 1),
+            up=CodecRules(up.per_tile or pace.up_per_tile, up.magnitude_bits or 1, up.turns),
             down=CodecRules(down.per_tile or pace.down_per_tile, down.magnitude_bits or 2),
             merge=MergeRules(
                 step_q16=round(spec.merge.step * (1 << 16)),

@@ -3,9 +3,9 @@
 One format serves both ways: peers send `encode_topk(residual)` up, owners send the merged update down. A payload is a
 function of integers only, so no NaN can be expressed, and its decoder accepts exactly one length.
 
-    u8  format (2)      u8  magnitude bits m     u8  Rice parameter r     u8  flags (bit 0: per-tile counts follow)
-    u32 values n
-    [u16 count of each tile]                     absent when every tile holds exactly its k values
+    u8  format (3)      u8  magnitude bits m     u8  Rice parameter r     u8  flags
+    u32 values n                                 flags: bit 0: per-tile counts follow; the others: turns - 1
+    [u16 count of each tile]                     absent when every tile holds exactly its k values times the turns
     u16 level[tables with values][2**m]          a 16-bit float without sign: 5 bits exponent, 11 bits mantissa
     unary part of all n gaps                     q zeros and a one each, padded with zeros to a byte
     n x r bits                                   low part of the gaps
@@ -13,9 +13,9 @@ function of integers only, so no NaN can be expressed, and its decoder accepts e
 
 Tiles with few values share a table of levels with their neighbours: eight tiles of 64 values, as one table for each
 would add half a bit to every value. Three separate bit streams instead of one interleaved stream let numpy code all
-values at once. Gaps between increasing positions make duplicates and disorder impossible to write down. After
-SparseLoCo (2-bit top-k, templar's compress.py) and Golomb-Rice coding of the gaps (Sattler et al. 2019, Sparse Binary
-Compression).
+values at once. Gaps between increasing positions make duplicates and disorder impossible to write down. Whoever missed
+turns may send the values of several at once; no payload claims more turns than its values need. After SparseLoCo (2-bit
+top-k, templar's compress.py) and Golomb-Rice coding of the gaps (Sattler et al. 2019, Sparse Binary Compression).
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.tiles import Sparse, TileLayout, counts_of, select_topk
 
 _HEADER = struct.Struct("<BBBBI")
-_FORMAT = 2
+_FORMAT = 3
 _HAS_COUNTS = 1
+_TURNS_SHIFT = 1
 _LEVEL_BITS = limits.LEVEL_MAX.bit_length()
 _TABLE_VALUES = 512
 _TABLE_TILES_MAX = 8
@@ -47,10 +48,20 @@ class CodecRules:
     """Values kept of a 4096-value tile."""
     magnitude_bits: int
     """log2 of the number of magnitudes a tile may use; a value costs one bit more, for its sign."""
+    turns: int = 1
+    """How many turns' values one payload may hold: those that its sender missed, and this one."""
 
     def __post_init__(self) -> None:
         assert 0 < self.per_tile <= limits.TILE_SIZE_MAX
         assert 0 < self.magnitude_bits <= limits.MAGNITUDE_BITS_MAX
+        assert 0 < self.turns <= limits.TURNS_MAX
+
+    def turns_after(self, missed: int) -> int:
+        """How many turns' values to send after so many misses in a row: those of the missed turns too, up to `turns`.
+
+        But not twice in a row: on a link that is too slow for more, every other payload is of the usual size.
+        """
+        return min(self.turns, 1 + missed) if missed % 2 else 1
 
     @property
     def table_tiles(self) -> int:
@@ -58,16 +69,20 @@ class CodecRules:
         return min(_TABLE_TILES_MAX, max(1, _TABLE_VALUES // self.per_tile))
 
 
-def encode_topk(layout: TileLayout, rules: CodecRules, vector: Int32Array | Int64Array) -> tuple[bytes, Sparse]:
+def encode_topk(
+    layout: TileLayout, rules: CodecRules, vector: Int32Array | Int64Array, turns: int = 1
+) -> tuple[bytes, Sparse]:
     """Compress `vector` [size]: the payload, and exactly what a receiver decodes from it."""
-    return encode(layout, rules, select_topk(layout, vector, rules.per_tile))
+    assert 0 < turns <= rules.turns
+    return encode(layout, rules, select_topk(layout, vector, rules.per_tile * turns))
 
 
 def encode(layout: TileLayout, rules: CodecRules, chosen: Sparse) -> tuple[bytes, Sparse]:
     """Quantise and pack `chosen`, which must respect the capacity of each tile."""
     m, n = rules.magnitude_bits, len(chosen)
     starts, counts = layout.tile_starts(), counts_of(layout, chosen.positions)
-    assert np.all(counts <= layout.capacity(rules.per_tile)), "more values in a tile than its capacity"
+    turns = _turns(layout, rules, counts)
+    assert turns <= rules.turns, "more values in a tile than its capacity"
     tile = np.repeat(np.arange(layout.tiles), counts)
     table, tables = _tables(counts, rules)
     magnitude = np.abs(chosen.values.astype(np.int64))
@@ -75,8 +90,8 @@ def encode(layout: TileLayout, rules: CodecRules, chosen: Sparse) -> tuple[bytes
     gaps = bitpack.gaps(chosen.positions - starts[tile], tile)
     rice = bitpack.best_rice(gaps)
 
-    full = bool(np.array_equal(counts, layout.capacity(rules.per_tile)))
-    parts = [_HEADER.pack(_FORMAT, m, rice, 0 if full else _HAS_COUNTS, n)]
+    full = bool(np.array_equal(counts, layout.capacity(rules.per_tile * turns)))
+    parts = [_HEADER.pack(_FORMAT, m, rice, (turns - 1) << _TURNS_SHIFT | (0 if full else _HAS_COUNTS), n)]
     if not full:
         parts.append(counts.astype("<u2").tobytes())
     parts.append(levels.astype("<u2").tobytes())
@@ -94,9 +109,10 @@ def decode(layout: TileLayout, rules: CodecRules, payload: bytes | memoryview) -
     if len(data) < _HEADER.size:
         raise WireError(Refusal.WRONG_SHAPE, f"a payload of {len(data)} bytes has no header")
     kind, m, rice, flags, n = _HEADER.unpack_from(data)
-    if kind != _FORMAT or m != rules.magnitude_bits or rice > limits.RICE_PARAMETER_MAX or flags & ~_HAS_COUNTS:
+    turns = 1 + (flags >> _TURNS_SHIFT)
+    if kind != _FORMAT or m != rules.magnitude_bits or rice > limits.RICE_PARAMETER_MAX or turns > rules.turns:
         raise WireError(Refusal.WRONG_SHAPE, "a payload header of another format")
-    capacity = layout.capacity(rules.per_tile)
+    capacity = layout.capacity(rules.per_tile * turns)
     if n > int(capacity.sum()):
         raise WireError(Refusal.WRONG_SHAPE, f"{n} values do not fit the fragment")
     at = _HEADER.size
@@ -107,6 +123,8 @@ def decode(layout: TileLayout, rules: CodecRules, payload: bytes | memoryview) -
         counts = np.frombuffer(raw, "<u2").astype(np.int64)
         if np.any(counts > capacity) or np.array_equal(counts, capacity):
             raise WireError(Refusal.WRONG_SHAPE, "a count exceeds its tile, or counts were not needed")
+    if _turns(layout, rules, counts) != turns:
+        raise WireError(Refusal.WRONG_SHAPE, "no more values than fewer turns have")
     if int(counts.sum()) != n:
         raise WireError(Refusal.WRONG_SHAPE, "the counts do not add up to the number of values")
     table, tables = _tables(counts, rules)
@@ -140,10 +158,18 @@ def tables_max(layout: TileLayout, rules: CodecRules) -> int:
 
 def payload_bytes_max(layout: TileLayout, rules: CodecRules) -> int:
     """No legal payload of this fragment is longer."""
-    n = int(layout.capacity(rules.per_tile).sum())
+    n = int(layout.capacity(rules.per_tile * rules.turns).sum())
     levels = tables_max(layout, rules) * 2 << rules.magnitude_bits
     bits = n * (1 + limits.RICE_PARAMETER_MAX) + layout.size + n * (1 + rules.magnitude_bits)
     return _HEADER.size + 2 * layout.tiles + levels + bits // 8 + 3
+
+
+def _turns(layout: TileLayout, rules: CodecRules, counts: Int64Array) -> int:
+    """The smallest number of turns whose capacity these counts [tiles] respect; one too many if there is none."""
+    for turns in range(1, rules.turns + 1):
+        if np.all(counts <= layout.capacity(rules.per_tile * turns)):
+            return turns
+    return rules.turns + 1
 
 
 def _tables(counts: Int64Array, rules: CodecRules) -> tuple[Int64Array, int]:

@@ -1,6 +1,6 @@
 """Every bound of the protocol in one place (I5). Sizes in bytes, times in seconds, counts without a unit."""
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 # Fixed point: an anchor, a contribution's level and an update's level are all int32 in units of 2**-20.
 FRACTION_BITS = 20
@@ -19,6 +19,7 @@ TILE_SIDE = 64
 TILE_SIZE_MAX = TILE_SIDE * TILE_SIDE
 FRAGMENT_TILES_MAX = 1 << 18
 RICE_PARAMETER_MAX = 15
+TURNS_MAX = 8  # whose values one contribution may hold, whatever a run allows
 MAGNITUDE_BITS_MAX = 4
 
 # Swarm

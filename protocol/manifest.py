@@ -86,6 +86,7 @@ class Manifest:
         _check(self.merge.coverage_halves in (0, 1, 2), "a coverage exponent of 0, 1 or 2 halves")
         _check(1 <= self.merge.weight_cap <= 8, "a weight cap between 1 and 8")  # merge.py's sums stay below 2**63
         _check(0 <= self.merge.margin_percent <= 100, "a margin of 0 to 100 percent")
+        _check(self.down.turns == 1, "updates of one turn each")
 
     @property
     def slot_s(self) -> float:
@@ -146,7 +147,7 @@ class Manifest:
             "data": self.data,
             "layout_digest": self.layout_digest.hex(),
             "fragments": [[f.ring, [list(g) for g in f.layout.groups]] for f in self.fragments],
-            "up": [self.up.per_tile, self.up.magnitude_bits],
+            "up": [self.up.per_tile, self.up.magnitude_bits, self.up.turns],
             "down": [self.down.per_tile, self.down.magnitude_bits],
             "merge": [
                 self.merge.step_q16,
@@ -212,8 +213,8 @@ def _parse(content: dict[str, Any]) -> Manifest:
         data=content["data"],
         layout_digest=bytes.fromhex(content["layout_digest"]),
         fragments=fragments,
-        up=_rules(content["up"]),
-        down=_rules(content["down"]),
+        up=_rules(*map(_integer, content["up"])),
+        down=_rules(*map(_integer, content["down"])),
         merge=MergeRules(*map(_integer, content["merge"])),
     )
 
@@ -225,11 +226,11 @@ def _layout(groups: list[list[int]]) -> TileLayout:
     return TileLayout(pairs)
 
 
-def _rules(values: list[int]) -> CodecRules:
-    per_tile, magnitude_bits = map(_integer, values)
+def _rules(per_tile: int, magnitude_bits: int, turns: int = 1) -> CodecRules:
     good = 0 < per_tile <= limits.TILE_SIZE_MAX and 0 < magnitude_bits <= limits.MAGNITUDE_BITS_MAX
+    good = good and 0 < turns <= limits.TURNS_MAX
     _check(good, "codec rules in range")
-    return CodecRules(per_tile, magnitude_bits)
+    return CodecRules(per_tile, magnitude_bits, turns)
 
 
 def _integer(value: object) -> int:

@@ -64,6 +64,8 @@ class Braniac(Swarm):
         """How often a peer's contribution was not admitted, by number."""
         self.refused: Counter[Refusal] = Counter()
         """Contributions that were not admitted, of anybody."""
+        self._missed: Counter[tuple[int, int]] = Counter()
+        """Turns in a row without being admitted, by number of peer and fragment."""
         slots_per_step = self.slots_per_window / plan.steps
         paces = [paced_bytes_per_slot(self.manifest, tier, len(plan.tiers), self.pace) for tier in plan.tiers]
         self.uplinks = Uplinks(self.books, [each * slots_per_step for each in paces])
@@ -117,7 +119,8 @@ class Braniac(Swarm):
         """A peer's uncommitted work on a fragment, compressed."""
         layout = self.layout(fragment.index)
         work = ledger.residual(bridge.to_fixed_point(peer.trainer.read(fragment)), self.anchors[fragment.index])
-        payload, sent = codec.encode_topk(layout, self.manifest.up, work)
+        turns = self.manifest.up.turns_after(self._missed[peer.number, fragment.index])
+        payload, sent = codec.encode_topk(layout, self.manifest.up, work, turns)
         self.payload_bits_per_parameter += 8 * len(payload) / self.manifest.parameters(peer.tier) / len(self.peers)
         return Offer(Contribution(peer.id, TOKENS, payload), sent)
 
@@ -139,6 +142,8 @@ class Braniac(Swarm):
             offered = offers.get(peer.number)
             if offered is not None and peer.id not in admitted:
                 self.left_out[peer.number] += 1
+            missed = 0 if peer.id in admitted else self._missed[peer.number, fragment.index] + 1
+            self._missed[peer.number, fragment.index] = missed
             sent = offered.sent if offered is not None and peer.id in admitted else None
             self.change(peer, fragment, bridge.weight_change(ledger.settle(update, sent), fragment.size))
         self.anchors[fragment.index] = ledger.move_anchor(self.anchors[fragment.index], ledger.settle(update, None))

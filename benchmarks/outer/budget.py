@@ -38,7 +38,7 @@ def plan_with(plan: Plan, per_tile: int) -> Plan:
     down = min(TILE, per_tile * plan.down.per_tile // plan.up.per_tile)
     return replace(
         plan,
-        up=CodecRules(per_tile, plan.up.magnitude_bits),
+        up=replace(plan.up, per_tile=per_tile),
         down=CodecRules(max(1, down), plan.down.magnitude_bits),
     )
 

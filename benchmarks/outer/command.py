@@ -17,6 +17,7 @@ from braniac.model.fragments import fragment_table
 from braniac.model.sources import Corpus
 from braniac.model.tokenizer import ByteTokenizer
 from braniac.node.config import DataSection
+from braniac.node.founding import TURNS
 from braniac.node.text import text_source
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.errors import ProtocolError
@@ -85,7 +86,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     return replace(
         plan,
         cooldown=not options.constant,
-        up=CodecRules(options.up, 1),
+        up=CodecRules(options.up, 1, TURNS),
         down=CodecRules(options.down, 2),
         merge=MergeRules(coverage_halves=options.coverage),
     )

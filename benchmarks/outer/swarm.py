@@ -22,6 +22,7 @@ from braniac.model.gpt import GPT
 from braniac.model.optim import Optimizer
 from braniac.model.sources import Corpus
 from braniac.model.trainer import Trainer, TrainSettings
+from braniac.node.founding import TURNS
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import MergeRules
@@ -58,7 +59,7 @@ class Plan:
     """Whether the learning rates fall to zero at the end."""
     missing_percent: int = 0
     """Chance that a peer drops out of an exchange; each exchange and each peer has its own lot."""
-    up: CodecRules = field(default_factory=lambda: CodecRules(256, 1))
+    up: CodecRules = field(default_factory=lambda: CodecRules(256, 1, TURNS))
     """Braniac: of contributions."""
     down: CodecRules = field(default_factory=lambda: CodecRules(1024, 2))
     """Braniac: of updates."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from braniac.node.founding import RECIPES
+from braniac.node.founding import RECIPES, TURNS
 from braniac.protocol import codec, limits
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.identity import Identity
@@ -36,7 +36,7 @@ def make_run() -> tuple[Manifest, Sizes]:
     """One billion parameters in equal fragments of whole tiles, all of which everybody holds."""
     recipe = RECIPES["nano-1b"]
     tiles = round(PARAMETERS / recipe.fragments / limits.TILE_SIZE_MAX)
-    up, down = CodecRules(recipe.up_per_tile, 1), CodecRules(recipe.down_per_tile, 2)
+    up, down = CodecRules(recipe.up_per_tile, 1, TURNS), CodecRules(recipe.down_per_tile, 2)
     manifest = Manifest(
         name="scale",
         founder=identity(0).peer_id,

@@ -24,8 +24,8 @@ from tests.unit.test_protocol_wire import MESSAGES, PEOPLE, RUN, certificate, co
 
 ME = PEOPLE[0]
 LAYOUTS = (
-    (TileLayout(((64, 2), (1, 2), (16, 1))), CodecRules(800, 2)),
-    (TileLayout(((4096, 2),)), CodecRules(64, 1)),
+    (TileLayout(((64, 2), (1, 2), (16, 1))), CodecRules(800, 2, 3)),
+    (TileLayout(((4096, 2),)), CodecRules(64, 1, 4)),
     (TileLayout(((1, 9),)), CodecRules(4096, 4)),
 )
 KEYS = {person.peer_id: person for person in PEOPLE}

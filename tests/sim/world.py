@@ -139,7 +139,7 @@ class World:
             data={"tokenizer": "bytes"},
             layout_digest=layout_digest(MODEL, FRAGMENTS),
             fragments=bridge.fragment_specs(FRAGMENT_TABLE),
-            up=CodecRules(1024, magnitude_bits=2),
+            up=CodecRules(1024, magnitude_bits=2, turns=3),
             down=CodecRules(2048, magnitude_bits=2),
             merge=MergeRules(),
         )

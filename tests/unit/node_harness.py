@@ -59,7 +59,7 @@ def make_manifest(
         data={"tokenizer": "bytes"},
         layout_digest=layout_digest(config, FRAGMENTS),
         fragments=bridge.fragment_specs(fragment_table(config, FRAGMENTS)),
-        up=CodecRules(512, magnitude_bits=1),
+        up=CodecRules(512, magnitude_bits=1, turns=4),
         down=CodecRules(2048, magnitude_bits=2),
         merge=MergeRules(),
     )

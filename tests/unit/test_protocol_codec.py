@@ -14,7 +14,9 @@ from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.tiles import Sparse, TileLayout, select_topk
 
 TILES = st.lists(st.tuples(st.integers(1, 80), st.integers(1, 4)), min_size=1, max_size=4)
-RULES = st.builds(CodecRules, st.sampled_from([1, 64, 1000, 2048, 4096]), st.integers(1, limits.MAGNITUDE_BITS_MAX))
+RULES = st.builds(
+    CodecRules, st.sampled_from([1, 64, 1000, 2048, 4096]), st.integers(1, limits.MAGNITUDE_BITS_MAX), st.integers(1, 4)
+)
 EXTREMES = np.array([0, 0, 0, 1, -1, 5, -5, (1 << 24) - 1, 1 << 24, -(1 << 31), (1 << 31) - 1])
 
 
@@ -48,7 +50,7 @@ def assert_legal(layout: TileLayout, rules: CodecRules, sparse: Sparse) -> None:
     assert np.all(sparse.values != 0)
     assert int(np.abs(sparse.values.astype(np.int64)).max()) <= limits.LEVEL_MAX
     tile = np.searchsorted(layout.tile_starts(), sparse.positions, side="right") - 1
-    assert np.all(np.bincount(tile, minlength=layout.tiles) <= layout.capacity(rules.per_tile))
+    assert np.all(np.bincount(tile, minlength=layout.tiles) <= layout.capacity(rules.per_tile * rules.turns))
 
 
 def same(a: Sparse, b: Sparse) -> bool:
@@ -59,7 +61,7 @@ def same(a: Sparse, b: Sparse) -> bool:
 @settings(max_examples=80)
 def test_round_trip(groups: list[tuple[int, int]], rules: CodecRules, seed: int, kind: str) -> None:
     layout = TileLayout(tuple(groups))
-    payload, sent = codec.encode_topk(layout, rules, vector_of(layout, seed, kind))
+    payload, sent = codec.encode_topk(layout, rules, vector_of(layout, seed, kind), 1 + seed % rules.turns)
     decoded = codec.decode(layout, rules, payload)
     assert same(decoded, sent)
     assert_legal(layout, rules, decoded)
@@ -73,7 +75,7 @@ def test_encoding_what_was_decoded_changes_nothing(
 ) -> None:
     """Otherwise the merge of one contribution would not be that contribution."""
     layout = TileLayout(tuple(groups))
-    _, sent = codec.encode_topk(layout, rules, vector_of(layout, seed, kind))
+    _, sent = codec.encode_topk(layout, rules, vector_of(layout, seed, kind), 1 + seed % rules.turns)
     _, again = codec.encode(layout, rules, sent)
     assert same(sent, again)
 
@@ -198,7 +200,7 @@ def test_nothing_to_send_is_a_legal_payload() -> None:
     assert len(codec.decode(layout, rules, payload)) == 0
 
 
-LAYOUT, FEW = TileLayout(((64, 2), (1, 2), (16, 1))), CodecRules(800, 2)
+LAYOUT, FEW = TileLayout(((64, 2), (1, 2), (16, 1))), CodecRules(800, 2, 3)
 
 
 def sample(kind: str) -> bytes:
@@ -237,7 +239,7 @@ def test_every_bit_flip_is_legal_or_refused(kind: str) -> None:
 @settings(max_examples=300)
 def test_any_bytes_are_legal_or_refused(data: bytes, header: bool, n: int, rice: int) -> None:
     if header:
-        data = bytes([1, FEW.magnitude_bits, rice, 1]) + n.to_bytes(4, "little") + data
+        data = bytes([sample("zero")[0], FEW.magnitude_bits, rice, 1]) + n.to_bytes(4, "little") + data
     try:
         decoded = codec.decode(LAYOUT, FEW, data)
     except WireError:
@@ -250,6 +252,41 @@ def test_a_payload_of_another_fragment_or_direction_is_refused() -> None:
     for layout, rules in ((TileLayout(((64, 3),)), FEW), (LAYOUT, CodecRules(800, 3)), (LAYOUT, CodecRules(100, 2))):
         with pytest.raises(WireError):
             codec.decode(layout, rules, payload)
+
+
+@pytest.mark.parametrize("per_tile", [16, 64, 300])
+def test_who_missed_turns_sends_the_values_of_several_at_once(per_tile: int) -> None:
+    layout, rules = TileLayout(((4096, 9), (100, 2))), CodecRules(per_tile, 1, 4)
+    vector = np.random.default_rng(1).integers(-(1 << 20), 1 << 20, layout.size)
+    for turns in (1, 2, 3, 4):
+        payload, sent = codec.encode_topk(layout, rules, vector, turns)
+        assert same(codec.decode(layout, rules, payload), sent)
+        assert len(sent) == layout.capacity(turns * per_tile).sum()
+        assert len(payload) <= codec.payload_bytes_max(layout, rules)
+        chosen = select_topk(layout, vector, turns * per_tile)
+        assert np.array_equal(sent.positions, chosen.positions)
+
+
+def test_no_payload_claims_more_turns_than_it_needs_or_may() -> None:
+    layout, rules = TileLayout(((64, 20),)), CodecRules(256, 1, 3)
+    vector = np.arange(1, 1 + layout.size)
+    payload = bytearray(codec.encode_topk(layout, rules, vector, 2)[0])
+    with pytest.raises(WireError, match="another format"):
+        codec.decode(layout, CodecRules(256, 1), bytes(payload))
+    payload[3] += 2  # one turn more: there would have to be counts now
+    with pytest.raises(WireError, match="do not add up"):
+        codec.decode(layout, rules, bytes(payload))
+    few = np.where(vector % 64 < 3, vector, 0)  # three of the four values of one turn
+    payload = bytearray(codec.encode_topk(layout, rules, few, 2)[0])
+    payload[3] += 2
+    with pytest.raises(WireError, match="fewer turns"):
+        codec.decode(layout, rules, bytes(payload))
+
+
+def test_a_larger_payload_follows_a_miss_but_never_a_larger_one_that_was_missed() -> None:
+    rules = CodecRules(64, 1, 4)
+    assert [rules.turns_after(missed) for missed in range(8)] == [1, 2, 1, 4, 1, 4, 1, 4]
+    assert [CodecRules(64, 1).turns_after(missed) for missed in range(4)] == [1, 1, 1, 1]
 
 
 def test_the_bound_on_payloads_is_tight_enough_to_be_useful() -> None:

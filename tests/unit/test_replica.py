@@ -155,6 +155,37 @@ async def test_weight_is_what_was_trained_since_the_last_offer(node: Node) -> No
     assert (await node.replica.compress(2)).tokens == tokens
 
 
+async def values_of_next_offer(node: Node, fragment: int) -> tuple[int, tuple[bytes, int]]:
+    prepared = await node.replica.compress(fragment)
+    sent = codec.decode(MANIFEST.fragments[fragment].layout, MANIFEST.up, node.store.get(prepared.digest))
+    return len(sent), (prepared.digest, prepared.size)
+
+
+async def test_after_a_missed_turn_the_next_offer_holds_the_values_of_both(node: Node) -> None:
+    await node.step(3)
+    fragment = 2
+    usual = int(MANIFEST.fragments[fragment].layout.capacity(MANIFEST.up.per_tile).sum())
+    offers = [await values_of_next_offer(node, fragment) for _ in range(4)]
+    assert [values for values, _ in offers] == [usual, 2 * usual, usual, 4 * usual]
+    assert (await values_of_next_offer(node, 1))[0] < 2 * usual, "another fragment has missed nothing"
+    await node.replica.apply(update_of(node, fragment, None, [payload_of(fragment, 1)]))
+    offers.append(await values_of_next_offer(node, fragment))
+    assert offers[-1][0] == usual, "it comes after a larger one that was missed"
+    await node.replica.apply(update_of(node, fragment + MANIFEST.window, offers[-1][1], [payload_of(fragment, 2)]))
+    await node.step(1)
+    assert (await values_of_next_offer(node, fragment))[0] == usual
+
+
+async def test_a_fragment_that_was_downloaded_has_missed_nothing(node: Node) -> None:
+    await node.step(2)
+    await node.replica.compress(3)
+    anchor = np.zeros(TABLE[3].size, np.int32)
+    await node.replica.restore(FragmentState(3, 17, node.store.put(bridge.anchor_bytes(anchor))))
+    await node.step(1)
+    usual = int(MANIFEST.fragments[3].layout.capacity(MANIFEST.up.per_tile).sum())
+    assert (await values_of_next_offer(node, 3))[0] <= usual
+
+
 async def test_a_downloaded_fragment_replaces_weights_and_anchor(node: Node) -> None:
     await node.step(2)
     anchor = np.arange(TABLE[3].size, dtype=np.int32) - 50

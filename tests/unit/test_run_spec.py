@@ -19,11 +19,12 @@ from braniac.node import bridge, run_file
 from braniac.node.cli import main
 from braniac.node.config import TrainSection
 from braniac.node.errors import ConfigError, Incompatible
-from braniac.node.founding import RECIPES, train_settings
+from braniac.node.founding import RECIPES, TURNS, train_settings
 from braniac.node.identity_file import load
 from braniac.node.run_data import run_data
 from braniac.node.run_example import EXAMPLE
 from braniac.node.run_spec import manifest_of, parse_spec, read_spec
+from braniac.protocol.codec import CodecRules
 from braniac.protocol.errors import VersionMismatch
 from braniac.protocol.identity import Identity
 from braniac.protocol.manifest import Manifest, MergeRules, open_manifest, sign_manifest
@@ -60,6 +61,7 @@ def test_what_is_left_out_is_the_presets() -> None:
     assert (made.slot_s, made.window) == (pace.slot_s, pace.fragments)
     assert (made.up.per_tile, made.down.per_tile) == (pace.up_per_tile, pace.down_per_tile)
     assert (made.up.magnitude_bits, made.down.magnitude_bits) == (1, 2)
+    assert (made.up.turns, made.down.turns) == (TURNS, 1)
 
 
 def test_everything_that_is_described_is_in_the_manifest() -> None:
@@ -68,13 +70,13 @@ def test_everything_that_is_described_is_in_the_manifest() -> None:
         seed=7,
         slot_s=2.5,
         fragments=12,
-        codec={"up": {"per_tile": 32, "magnitude_bits": 2}, "down": {"per_tile": 64, "magnitude_bits": 3}},
+        codec={"up": {"per_tile": 32, "magnitude_bits": 2, "turns": 1}, "down": {"per_tile": 64, "magnitude_bits": 3}},
         merge={"step": 0.5, "coverage": 1, "margin_percent": 40},
         admission={"who": "anybody", "weight_cap": 2},
     )
     assert bridge.model_of(made)[0] == dataclasses.replace(PRESETS["tiny"], num_hidden_layers=3)
     assert (made.seed, made.slot_ms, made.window) == (7, 2500, 12)
-    assert (made.up.per_tile, made.up.magnitude_bits) == (32, 2)
+    assert made.up == CodecRules(32, 2, 1)
     assert (made.down.per_tile, made.down.magnitude_bits) == (64, 3)
     assert made.merge == MergeRules(step_q16=1 << 15, coverage_halves=2, weight_cap=2, margin_percent=40)
     assert (made.founder, made.epoch_ms) == (identity(0).peer_id, int(EPOCH_S * 1000))
