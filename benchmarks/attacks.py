@@ -1,7 +1,7 @@
 """What hostile contributors send: each attack makes payloads that are well-formed, so that only the merge can help.
 
 Attackers train like honest peers and keep honest books. They see what the honest peers offer to the slot before they
-answer, know each other, and claim as many tokens as a contribution may.
+answer, know each other, claim as many tokens as a contribution may, and send as many values as after missed turns.
 """
 
 from __future__ import annotations
@@ -134,5 +134,5 @@ class Attackers:
                     found[number] = past[0]
                 case crafted:
                     now = Situation(layout, rules, (slot, number), own.sent or EMPTY, [h.sent for h in honest])
-                    found[number], _ = codec.encode_topk(layout, rules, CRAFTED[crafted](now))
+                    found[number], _ = codec.encode_topk(layout, rules, CRAFTED[crafted](now), rules.turns)
         return found

@@ -67,7 +67,8 @@ def bad_payloads(layout: TileLayout, rules: CodecRules) -> dict[str, bytes]:
         "infinite level": with_level(0xFFFF),
         "level out of range": with_level(0xF800),
         "level spelt otherwise": with_level(0x0800),
-        "unknown flag": data[:3] + bytes([data[3] | 2]) + data[4:],
+        "turns that it does not need": data[:3] + bytes([data[3] | 2]) + data[4:],
+        "turns that nobody has": data[:3] + bytes([data[3] | 0xFE]) + data[4:],
         "positions beyond the tile": data[:2] + bytes([data[2] + 1]) + data[3:],
     }
 

@@ -59,9 +59,9 @@ class CodecRules:
     def turns_after(self, missed: int) -> int:
         """How many turns' values to send after so many misses in a row: those of the missed turns too, up to `turns`.
 
-        But not twice in a row: on a link that is too slow for more, every other payload is of the usual size.
+        After as many misses it begins anew: a link that is too slow for more still gets the usual payload through.
         """
-        return min(self.turns, 1 + missed) if missed % 2 else 1
+        return 1 + missed % self.turns
 
     @property
     def table_tiles(self) -> int:

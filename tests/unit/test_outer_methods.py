@@ -26,7 +26,7 @@ from braniac.protocol import committee, limits
 from braniac.protocol.codec import CodecRules
 from braniac.protocol.merge import Merged
 from outer.books import Books
-from outer.braniac import Braniac
+from outer.braniac import Braniac, Offer
 from outer.compress import dct_matrix, float4, quantise, top_k, transform
 from outer.demo import DeMo, DisTrO
 from outer.dense import AllReduce, DiLoCo
@@ -35,7 +35,7 @@ from outer.muloco import MuLoCo
 from outer.noloco import NoLoCo
 from outer.sparseloco import SparseLoCo
 from outer.streaming import StreamingDiLoCo
-from outer.swarm import FlatSwarm, Plan, Swarm
+from outer.swarm import FlatSwarm, Peer, Plan, Swarm
 from outer.uplinks import Uplinks
 
 CONFIG = ModelConfig(
@@ -306,6 +306,25 @@ def test_a_swarm_of_one_trains_as_if_alone(corpus: Corpus, method: str) -> None:
     assert swarm.books.bytes_per_peer == 0 or method == "sparseloco"  # which has a store
     for name, p in swarm.peers[0].trainer.params.items():
         torch.testing.assert_close(p.detach(), expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_who_drops_out_sends_the_values_of_the_missed_turn_later(corpus: Corpus) -> None:
+    class Flaky(Braniac):
+        def present(self, slot: int) -> list[Peer]:
+            return self.peers if slot >= self.slots_per_window else self.peers[1:]
+
+        def offers(self, slot: int) -> dict[int, Offer]:
+            found = super().offers(slot)
+            values.append({number: len(offer.sent) for number, offer in found.items()})
+            return found
+
+    values: list[dict[int, int]] = []
+    swarm = Flaky(replace(PLAN, up=CodecRules(64, 1, 4)), corpus)
+    swarm.run()
+    window = swarm.slots_per_window
+    assert all(set(sent) == {1, 2} for sent in values[:window])
+    assert all(sent[0] == 2 * sent[1] for sent in values[window : 2 * window])
+    assert all(sent[0] == sent[1] for sent in values[2 * window :])
 
 
 def test_braniacs_lone_peer_has_its_work_in_the_anchors(corpus: Corpus) -> None:
