@@ -55,6 +55,7 @@ class Absence(Braniac):
         self._killed = killed
         self._generations = [Generation(*peer.trainer.state()) for peer in self.peers]
         self._missing: set[int] = set()
+        self._dead: set[int] = set()
         self.kills = 0
         self.steps_done = 0
         """By all peers, those included that kills have taken back."""
@@ -62,8 +63,9 @@ class Absence(Braniac):
     def train(self, slot: int) -> None:
         chances = np.random.default_rng((self.plan.seed, slot)).random((len(self.peers), 2))
         self._missing = set(np.flatnonzero(100 * chances[:, 0] < self._percent).tolist())
+        self._dead = {number for number in self._missing if chances[number, 1] < self._killed}
         for peer in self.peers:
-            if peer.number in self._missing and chances[peer.number, 1] < self._killed:
+            if peer.number in self._dead:
                 self._restart(peer)
             else:
                 before = peer.trainer.step_count
@@ -82,6 +84,10 @@ class Absence(Braniac):
         for number in found:
             self._generations[number] = Generation(*self.peers[number].trainer.state())
         return found
+
+    def end_turn(self, peer: Peer, fragment: Fragment, taken: bool) -> None:
+        if peer.number not in self._dead:  # it offered nothing, and does not know of the turn
+            super().end_turn(peer, fragment, taken)
 
     def change(self, peer: Peer, fragment: Fragment, change: torch.Tensor) -> None:
         super().change(peer, fragment, change)

@@ -69,6 +69,8 @@ class Saved:
     """Addresses under which peers were reached."""
     parts: dict[int, bytes] = field(default_factory=dict)
     """Lean training, instead of `weights` and `optimizer`: digest of each fragment's weights; see `load_parts`."""
+    missed: dict[int, int] = field(default_factory=dict)
+    """Offers of each fragment since one was last taken."""
     bans: bytes | None = None
     """Digest of the proofs against banned peers, if there are any."""
     generation: int = 0
@@ -141,6 +143,7 @@ def to_content(saved: Saved, protocol: dict[str, Any]) -> dict[str, Any]:
         "weights": saved.weights.hex() if saved.weights else None,
         "optimizer": saved.optimizer.hex() if saved.optimizer else None,
         "parts": {str(fragment): digest.hex() for fragment, digest in saved.parts.items()},
+        "missed": {str(fragment): count for fragment, count in saved.missed.items()},
         "bans": saved.bans.hex() if saved.bans else None,
         "step": saved.step,
         "totals": {
@@ -176,6 +179,7 @@ def from_generation(generation: Generation) -> Saved:
             totals=Totals(**{key: int(value) for key, value in content["totals"].items()}),
             peers={peer_id_from_text(peer): tuple(addresses) for peer, addresses in content["peers"].items()},
             parts={int(f): bytes.fromhex(digest) for f, digest in content.get("parts", {}).items()},
+            missed={int(f): max(0, int(count)) for f, count in content.get("missed", {}).items()},
             bans=_digest(content.get("bans")),
             generation=generation.number,
         )

@@ -81,8 +81,8 @@ class Replica:
         self._moved: set[int] = set()
         """Lean: fragments whose anchor is newer than their part."""
         self._offered_at: dict[int, int] = {}
-        self._missed: dict[int, int] = {}
-        """Offers of each fragment since one was last taken, this life's."""
+        self.missed: dict[int, int] = {}
+        """Offers of each fragment since one was last taken."""
         self._began_tokens = trainer.progress.tokens
         self._pins: dict[bytes, int] = {}
         self._pins_lock = threading.Lock()
@@ -127,7 +127,7 @@ class Replica:
         cut = self._fragments[fragment]
         weights, snapshot = await self.trainer.call(lambda trainer: (trainer.read(cut), self._snapshot(trainer)))
         tokens = self.trainer.progress.tokens
-        turns = self.manifest.up.turns_after(self._missed.get(fragment, 0))
+        turns = self.manifest.up.turns_after(self.missed.get(fragment, 0))
 
         def encode() -> tuple[bytes, int]:
             uncommitted = ledger.residual(bridge.to_fixed_point(weights), self.anchor(fragment))
@@ -138,7 +138,7 @@ class Replica:
         digest, size = await asyncio.to_thread(encode)
         since = tokens - self._offered_at.get(fragment, self._began_tokens)
         self._offered_at[fragment] = tokens
-        self._missed[fragment] = self._missed.get(fragment, 0) + 1
+        self.missed[fragment] = self.missed.get(fragment, 0) + 1
         return Prepared(fragment, digest, size, since, snapshot)
 
     def _snapshot(self, trainer: Trainer) -> Snapshot:
@@ -173,7 +173,7 @@ class Replica:
         self.anchors[index] = FragmentState(index, max(before.slot, verdict.slot), digest)
         self._moved.add(index)
         if update.acknowledged and not update.undo:
-            self._missed.pop(index, None)
+            self.missed.pop(index, None)
         self._count(update)
         return self.anchors[index]
 
@@ -190,7 +190,7 @@ class Replica:
         await self.trainer.call(functools.partial(_load, cut, bridge.to_weights(anchor)))
         await self.trainer.call(lambda trainer: self.trainer.compare_anew())
         self.anchors[state.fragment] = state
-        self._missed.pop(state.fragment, None)
+        self.missed.pop(state.fragment, None)
         self.parts.pop(state.fragment, None)
         self._moved.discard(state.fragment)
 
@@ -202,7 +202,7 @@ class Replica:
             await self.trainer.call(functools.partial(_load, cut, weights))
             self.parts.pop(index, None)
             self._moved.discard(index)
-        self._missed.clear()
+        self.missed.clear()
         await self.trainer.call(lambda trainer: self.trainer.start_over())
 
     async def commit(
@@ -238,6 +238,7 @@ class Replica:
             totals=replace(self.totals, tokens=self.trainer.progress.tokens),
             peers=peers,
             parts=dict(self.parts),
+            missed=dict(self.missed),
         )
         proofs = statements.proofs_bytes(engine.roster.banned.values())
         blobs = {state.digest for state in self.anchors.values()} | engine.history.confirmed_blobs()

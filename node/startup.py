@@ -225,6 +225,7 @@ async def equip(
     if saved is not None:
         replica.anchors, replica.generation = dict(saved.anchors), saved.generation
         replica.parts = dict(saved.parts) if lean else {}
+        replica.missed = dict(saved.missed)
         node.metrics.checkpoint_generation.set(saved.generation)
     elif membership.founded:
         history.begin(manifest.held(tier))

@@ -142,11 +142,14 @@ class Braniac(Swarm):
             offered = offers.get(peer.number)
             if offered is not None and peer.id not in admitted:
                 self.left_out[peer.number] += 1
-            missed = 0 if peer.id in admitted else self._missed[peer.number, fragment.index] + 1
-            self._missed[peer.number, fragment.index] = missed
+            self.end_turn(peer, fragment, peer.id in admitted)
             sent = offered.sent if offered is not None and peer.id in admitted else None
             self.change(peer, fragment, bridge.weight_change(ledger.settle(update, sent), fragment.size))
         self.anchors[fragment.index] = ledger.move_anchor(self.anchors[fragment.index], ledger.settle(update, None))
+
+    def end_turn(self, peer: Peer, fragment: Fragment, taken: bool) -> None:
+        """A peer's work on a fragment was due, and is in the update or is not."""
+        self._missed[peer.number, fragment.index] = 0 if taken else self._missed[peer.number, fragment.index] + 1
 
     def change(self, peer: Peer, fragment: Fragment, change: torch.Tensor) -> None:
         """What a certificate changes in one peer's weights."""

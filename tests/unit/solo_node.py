@@ -56,7 +56,7 @@ class Node:
             self.replica.begin()
         else:
             self.replica.anchors = dict(self.saved.anchors)
-            self.replica.parts = dict(self.saved.parts)
+            self.replica.parts, self.replica.missed = dict(self.saved.parts), dict(self.saved.missed)
             self.replica.totals = self.saved.totals
         self.now = EPOCH_S + 0.1 if self.saved is None else self.saved.swarm_time_s
         self.engine = Engine(MANIFEST, ME, 0, incarnation=incarnation, now=self.now, history=history)

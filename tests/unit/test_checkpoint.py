@@ -58,6 +58,7 @@ def test_a_trainer_comes_back_to_the_bit(tmp_path: Path, tier: int) -> None:
         (("manifest", "body"), "{}"),
         (("manifest",), []),
         (("anchors",), []),
+        (("missed",), {"0": "often"}),
         (("anchors", "0"), [1]),
         (("anchors", "0"), [-1, "no hexadecimal"]),
         (("protocol", "entries"), [{"certificate": "00", "acknowledged": None}]),

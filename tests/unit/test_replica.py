@@ -270,7 +270,8 @@ async def test_after_a_crash_everything_belongs_to_one_moment(tmp_path: Path, po
     slot = max(offers)
     layout = MANIFEST.fragments[MANIFEST.fragment_of(slot)].layout
     work = await after.own_work(MANIFEST.fragment_of(slot))
-    payload, _ = codec.encode_topk(layout, MANIFEST.up, work)
+    turns = MANIFEST.up.turns_after(after.replica.missed[MANIFEST.fragment_of(slot)] - 1)
+    payload, _ = codec.encode_topk(layout, MANIFEST.up, work, turns)
     assert hashlib.sha256(payload).digest() == offers[slot]
     assert after.store.get(offers[slot]) == payload
     for _ in range(8):  # and it goes on

@@ -120,7 +120,9 @@ async def test_after_a_crash_each_fragment_is_of_one_moment(tmp_path: Path, poin
             assert torch.equal(await after.weights(fragment), anchor.bfloat16().float())
     # The last offer is the work that is still in the weights: a certificate that the others make of it now fits.
     fragment = MANIFEST.fragment_of(max(offers))
-    payload, _ = codec.encode_topk(MANIFEST.fragments[fragment].layout, MANIFEST.up, await after.own_work(fragment))
+    turns = MANIFEST.up.turns_after(after.replica.missed[fragment] - 1)
+    layout, work_left = MANIFEST.fragments[fragment].layout, await after.own_work(fragment)
+    payload, _ = codec.encode_topk(layout, MANIFEST.up, work_left, turns)
     assert hashlib.sha256(payload).digest() == offers[max(offers)]
     for _ in range(8):
         await after.slot()

@@ -105,6 +105,7 @@ async def test_what_is_on_disk_is_taken_up_again(starter: Starter) -> None:
         for _ in range(3):
             await replica.trainer.call(lambda trainer: trainer.step())
         before = await replica.trainer.call(lambda trainer: trainer.state())
+        replica.missed = {2: 3}
         await replica.commit(engine, membership.incarnation, (5.0, node.swarm_clock.now()), {}, None)
 
     starter.clock.advance(10)
@@ -116,6 +117,7 @@ async def test_what_is_on_disk_is_taken_up_again(starter: Starter) -> None:
         assert counters == before[1] == {"step": 3}
         assert all(torch.equal(tensors[name], before[0][name]) for name in before[0])
         assert replica.trainer.progress.steps == 3
+        assert replica.missed == {2: 3}
 
 
 async def test_slots_and_incarnations_never_go_back(starter: Starter) -> None:
