@@ -73,4 +73,5 @@ SIGNING_AHEAD_SLOTS = 2  # a peer notes durably that it may sign so far ahead: w
 HISTORY_WINDOWS = 4  # certificates are kept, served and accepted this many windows back
 REPEATS_PER_SLOT = 4  # how often what may have been lost is said again
 UPDATE_PATIENCE_REPEATS = 12  # how often, at most, an update is asked only of those above in the tree
+ANNOUNCE_FRACTION = 0.5  # of a slot: in a large swarm the owner waits for nobody who has announced nothing by then
 CLOSE_FRACTION = 1.0  # of a slot: the owner merges what it has at this point; sooner if all expected are in

@@ -84,12 +84,13 @@ class Rounds:
     def next_deadline(self) -> float:
         """When the next round of this peer's own must close with what it has."""
         collecting = [s for s, r in self._rounds.items() if r.owned and r.phase is Phase.COLLECTING]
+        fractions = (limits.ANNOUNCE_FRACTION, limits.CLOSE_FRACTION)
         # One that is overdue has nothing yet, and closes with the first payload that arrives.
-        ahead = [at for at in map(self._overdue_at, collecting) if at > self._closed_at]
+        ahead = [at for slot in collecting for at in (self._at(slot, f) for f in fractions) if at > self._closed_at]
         return min(ahead, default=float("inf"))
 
-    def _overdue_at(self, slot: int) -> float:
-        return self._manifest.slot_start(slot) + limits.CLOSE_FRACTION * self._manifest.slot_s
+    def _at(self, slot: int, fraction: float) -> float:
+        return self._manifest.slot_start(slot) + fraction * self._manifest.slot_s
 
     def offer(self, slot: int, payload_digest: bytes, payload_bytes: int, weight: int) -> None:
         """Announce this peer's contribution to the committee; nothing if another is known in its name already."""
@@ -188,7 +189,12 @@ class Rounds:
         mine = self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and not self.silent_in(slot)
         if mine and self.draws(slot, self._me):
             expected.append(self._me)
-        if self.may_sign(slot) and current.may_close(expected, overdue=now >= self._overdue_at(slot)):
+        if self._roster.neighbours is not None and now >= self._at(slot, limits.ANNOUNCE_FRACTION):
+            # Who vanishes from a large swarm is expected for up to an hour. If most are silent, it is this peer's line.
+            announced = [peer for peer in expected if peer in current.commitments]
+            expected = announced if 2 * len(announced) >= len(expected) else expected
+        overdue = now >= self._at(slot, limits.CLOSE_FRACTION)
+        if self.may_sign(slot) and current.may_close(expected, overdue=overdue):
             self._close(current)
 
     def _close(self, current: SlotRound) -> None:

@@ -17,10 +17,16 @@ from tests.unit.swarm_harness import Peer, Swarm, identity
 WINDOW = 3  # fragments in the harness's default run
 
 
-def converge(swarm: Swarm, slots: float) -> None:
-    """Let time pass until just before the end of a slot, and check everything."""
+def converge(swarm: Swarm, slots: float, late: int = 0) -> None:
+    """Let time pass until just before the end of a slot, and check everything.
+
+    In a large swarm what somebody missed may take a slot more to come around: they agree at the end of one of `late`.
+    """
     swarm.run(slots)
     swarm.run_until(swarm.manifest.slot_start(swarm.slot + 1) - 0.001)
+    while late and swarm.disputed():
+        swarm.run(1)
+        late -= 1
     swarm.check()
 
 

@@ -557,12 +557,16 @@ class Swarm:
             found[slot] = next(iter(digests), None)
         return found
 
+    def disputed(self) -> list[int]:
+        """Fragments of which not all who hold them hold the same bytes."""
+        holders = {f: [peer for peer in self.live if f in peer.anchors] for f in range(self.manifest.window)}
+        return [f for f, peers in holders.items() if len({anchor_digest(peer.anchors[f]) for peer in peers}) > 1]
+
     def check_agreement(self) -> None:
         """I2: whoever holds a fragment holds the same bytes and says so."""
-        for f in range(self.manifest.window):
-            holders = [peer for peer in self.live if f in peer.anchors]
-            assert len({anchor_digest(peer.anchors[f]) for peer in holders}) <= 1, f"fragment {f} differs"
-            for peer in holders:
+        assert self.disputed() == []
+        for peer in self.live:
+            for f in peer.anchors:
                 assert peer.engine.anchors()[f] == peer.states[f]
                 assert peer.states[f].digest == anchor_digest(peer.anchors[f])
 

@@ -226,7 +226,7 @@ def knows(peer: Peer) -> set[PeerId]:
 def test_a_large_swarm_agrees_though_nobody_greets_everybody(swarm: Crowd) -> None:
     swarm.kinds.clear()
     first = swarm.slot
-    converge(swarm, 20)
+    converge(swarm, 20, late=2)
     assert_flowing(swarm, first + 1, swarm.slot - 2)
     for peer in swarm.peers:
         assert knows(peer) == {other.id for other in swarm.peers if other is not peer}
@@ -236,12 +236,34 @@ def test_a_large_swarm_agrees_though_nobody_greets_everybody(swarm: Crowd) -> No
 
 def test_few_contribute_to_a_slot_and_in_time_all_do(swarm: Crowd) -> None:
     first = swarm.slot
-    converge(swarm, 16)
+    converge(swarm, 16, late=2)
     settled = [event for slot, event in swarm.peers[0].settled.items() if slot >= first]
     shares = [event.certificate.verdict.shares for event in settled if event.certificate]
     assert len(shares) >= 14
     assert sum(map(len, shares)) / len(shares) < PEERS - 3
     assert {share.commitment.peer for each in shares for share in each} == {peer.id for peer in swarm.peers}
+
+
+def merge_times(swarm: Crowd, slots: int) -> list[float]:
+    """When the first peer has the update of each of the next slots, in slots; of those that have one."""
+    first, times = swarm.slot + 1, {}
+    while swarm.slot < first + slots:
+        swarm.run_until(swarm.now + 0.02)
+        for peer in swarm.live:
+            for slot in range(first, first + slots):
+                if slot in peer.settled and peer.settled[slot].merged:
+                    times.setdefault(slot, swarm.now - swarm.manifest.slot_start(slot))
+    return [seconds / swarm.manifest.slot_s for seconds in times.values()]
+
+
+def test_nobody_waits_long_for_the_dead_of_whom_nothing_was_heard(swarm: Crowd) -> None:
+    """They are expected until their presence lapses. Whoever has announced its work is waited for."""
+    assert max(merge_times(swarm, 4)) < limits.ANNOUNCE_FRACTION
+    for peer in swarm.peers[-2:]:
+        peer.kill()
+    times = merge_times(swarm, 5)
+    assert len(times) >= 3
+    assert limits.ANNOUNCE_FRACTION < max(times) < limits.ANNOUNCE_FRACTION + 0.3, times
 
 
 def test_it_survives_loss_deaths_and_newcomers(swarm: Crowd) -> None:
@@ -253,7 +275,7 @@ def test_it_survives_loss_deaths_and_newcomers(swarm: Crowd) -> None:
     swarm.loss = 0.0
     swarm.run(limits.PRESENCE_SLOTS + LIVE)
     first = swarm.slot
-    converge(swarm, 4 * WINDOW)
+    converge(swarm, 4 * WINDOW, late=2)
     assert_flowing(swarm, first + 1, swarm.slot - 2)
     for peer in swarm.live:
         assert peer.engine.ready
@@ -283,7 +305,7 @@ def test_a_swarm_may_grow_and_shrink_across_the_bound() -> None:
     swarm.run(2 * limits.PRESENCE_SLOTS)
     assert all(peer.engine.roster.neighbours is None for peer in swarm.live)
     first = swarm.slot
-    converge(swarm, 2 * WINDOW)
+    converge(swarm, 2 * WINDOW, late=2)
     assert_flowing(swarm, first + 1, swarm.slot - 2)
 
 
