@@ -1,6 +1,6 @@
 """Certificates on their way to this peer's anchors: asked for, checked, their updates fetched, handed over, reported.
 
-What stands and what is undone is decided by history.py; who may sign by rounds.py.
+What stands and what is undone is decided by history.py; who may sign by standing.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from braniac.protocol.manifest import Manifest
 from braniac.protocol.messages import Certificate, CertificateName
 from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Roster
-from braniac.protocol.rounds import Rounds
 from braniac.protocol.sources import Sources
+from braniac.protocol.standing import Standing
 
 
 class Certificates:
@@ -33,7 +33,7 @@ class Certificates:
         history: History,
         agreement: Agreement,
         roster: Roster,
-        rounds: Rounds,
+        standing: Standing,
         outbox: Outbox,
         emit: Callable[[events.Event], None],
     ) -> None:
@@ -45,10 +45,10 @@ class Certificates:
         self._history = history
         self._agreement = agreement
         self._roster = roster
-        self._rounds = rounds
+        self._standing = standing
         self._outbox = outbox
         self._emit = emit
-        self._sources = Sources(manifest, me, roster, rounds)
+        self._sources = Sources(manifest, me, roster, standing)
         self._asked: dict[bytes, int] = {}
         self._settled: set[int] = set()
         self._passed_on: set[CertificateName] = set()
@@ -79,7 +79,7 @@ class Certificates:
             raise WireError(Refusal.MALFORMED, "a certificate of a slot that cannot have one")
         if verdict.update_bytes > self._manifest.update_bytes_max(verdict.fragment):
             raise WireError(Refusal.OVERSIZE, f"an update of {verdict.update_bytes} bytes")
-        if self._rounds.could_decide(verdict, {peer for peer, _ in certificate.signatures}):
+        if self._standing.could_decide(verdict, {peer for peer, _ in certificate.signatures}):
             return
         # Its signers may be gone since: then it counts if as many live peers as there are, up to two, have applied it.
         witnesses = [member for member in self._roster.speaking(now_slot) if member.ready_slot >= 0]

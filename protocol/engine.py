@@ -35,6 +35,7 @@ from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Member, Roster
 from braniac.protocol.rounds import Rounds
 from braniac.protocol.spans import Spans
+from braniac.protocol.standing import Standing
 from braniac.protocol.witness import Witness
 
 
@@ -83,11 +84,13 @@ class Engine:
         self._repeat_at = now
         self._events: deque[events.Event] = deque()
         send, emit = self._outbox.send, self._events.append
-        self._rounds = Rounds(manifest, identity, tier, self.roster, self._slot, signed, send, emit)
+        self._standing = Standing(manifest, self.me, tier, self.roster, self._slot, signed)
+        self._rounds = Rounds(manifest, identity, self.roster, self._standing, self._slot, send, emit)
+        standing, outbox = self._standing, self._outbox
         self._certificates = Certificates(
-            manifest, self.me, tier, self._slot, history, self._agreement, self.roster, self._rounds, self._outbox, emit
+            manifest, self.me, tier, self._slot, history, self._agreement, self.roster, standing, outbox, emit
         )
-        self._gossiper = Gossiper(manifest, identity, tier, self.roster, self._rounds, self._outbox, emit)
+        self._gossiper = Gossiper(manifest, identity, tier, self.roster, standing, outbox, emit)
         self._witness = Witness(self._slot - manifest.window)
         self._inbox = Inbox(
             manifest,
@@ -113,7 +116,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self._rounds.ready_slot >= 0
+        return self._standing.ready_slot >= 0
 
     def live_peers(self) -> list[Member]:
         """Who else takes part, as far as was heard lately: observers do not."""
@@ -172,23 +175,23 @@ class Engine:
         """All anchors are here: take part from now on."""
         assert self.tier < self.manifest.observer_tier, "an observer takes no part"
         assert len(self._agreement.mine) == len(self.manifest.held(self.tier))
-        self._rounds.ready_slot = max(0, self._slot)
+        self._standing.ready_slot = max(0, self._slot)
         self._broadcast(self._heartbeat(self._parts))
 
     def may_sign(self, noted: Spans) -> None:
         """It is durable that this peer may have signed for these slots: now it may, but for those of earlier lives."""
-        self._rounds.noted = noted
+        self._standing.noted = noted
 
     def set_reachable(self, reachable: bool) -> None:
         """Whether others can dial this peer. If not it goes on contributing and leaves the seats to those that can be.
 
         Either way it takes effect a little later, for everybody in the same slot.
         """
-        if reachable == (self._rounds.unreachable_slot == 0):
+        if reachable == (self._standing.unreachable_slot == 0):
             return
-        self._rounds.unreachable_slot = 0 if reachable else max(1, self._slot)
+        self._standing.unreachable_slot = 0 if reachable else max(1, self._slot)
         if reachable and self.ready:
-            self._rounds.ready_slot = max(0, self._slot)
+            self._standing.ready_slot = max(0, self._slot)
         self._broadcast(self._heartbeat(self._parts))
 
     def offer(self, slot: int, payload_digest: bytes, payload_bytes: int, weight: int) -> None:
@@ -248,7 +251,7 @@ class Engine:
 
     def retire(self) -> None:
         """Begin to leave: no new offers, no more committees; what is open goes on."""
-        self._rounds.ready_slot = -1
+        self._standing.ready_slot = -1
         self._broadcast(self._heartbeat(self._parts))
 
     def goodbye(self) -> None:
@@ -293,7 +296,7 @@ class Engine:
         It takes no seat before it has heard who is there: alone in its own eyes it would certify slots all by itself.
         """
         if self.ready:
-            self._rounds.ready_slot = slot
+            self._standing.ready_slot = slot
         self._agreement.listen_anew(slot)
         self._greetings.look_for_members(slot)
 
@@ -311,8 +314,8 @@ class Engine:
         self._witness.forget(slot - self.manifest.window)
         self.history.prune(slot)
         self.roster.forget(slot)
-        due = slot >= 0 and self._rounds.may_sign(slot) and slot not in self.history.offers  # one offer per slot, ever
-        due = due and self._rounds.draws(slot, self.me)
+        due = slot >= 0 and slot not in self.history.offers  # one offer per slot, ever
+        due = due and self._standing.may_sign(slot) and self._standing.draws(slot, self.me)
         if self.ready and due and fragment in self.history.last and not self._agreement.outdated(fragment, slot):
             self._events.append(events.FragmentDue(slot, fragment))
 
@@ -328,12 +331,12 @@ class Engine:
         return Heartbeat(
             slot,
             self.tier,
-            self._rounds.ready_slot,
+            self._standing.ready_slot,
             self._addresses,
             listing.named(self.history.recent(self._slot), slot, parts),
             listing.stated(self._agreement.mine.values(), slot, parts),
             self.tokens_per_s,
-            self._rounds.unreachable_slot,
+            self._standing.unreachable_slot,
             self.loss,
             self.version,
             parts,

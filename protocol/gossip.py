@@ -19,7 +19,7 @@ from braniac.protocol.manifest import Manifest
 from braniac.protocol.messages import Gossip, Presence, RosterRequest
 from braniac.protocol.outbox import Outbox
 from braniac.protocol.roster import Member, Roster
-from braniac.protocol.rounds import Rounds
+from braniac.protocol.standing import Standing
 
 _SEATS_AHEAD_SLOTS = 3  # for a presence to reach everybody before its slot begins
 
@@ -33,7 +33,7 @@ class Gossiper:
         identity: Identity,
         tier: int,
         roster: Roster,
-        rounds: Rounds,
+        standing: Standing,
         outbox: Outbox,
         emit: Callable[[events.Event], None],
     ) -> None:
@@ -42,7 +42,7 @@ class Gossiper:
         self._me = identity.peer_id
         self._tier = tier
         self._roster = roster
-        self._rounds = rounds
+        self._standing = standing
         self._outbox = outbox
         self._emit = emit
         self._news: dict[PeerId, Presence] = {}
@@ -64,7 +64,7 @@ class Gossiper:
         self._asked = None
         self._answered = {p: at for p, at in self._answered.items() if at > slot - limits.ROSTER_ANSWER_SLOTS}
         if self._roster.neighbours is None:
-            self._rounds.said = None
+            self._standing.said = None
         elif self._due(slot, len(live) + 1):
             self.speak(slot, addresses)
 
@@ -99,12 +99,12 @@ class Gossiper:
         return known
 
     def _due(self, slot: int, peers: int) -> bool:
-        said = self._rounds.said
+        said = self._standing.said
         if said is None or said.slot + self._silence_slots(said) <= slot:
             return True
-        if (said.ready_slot, said.unreachable_slot) != (self._rounds.ready_slot, self._rounds.unreachable_slot):
+        if (said.ready_slot, said.unreachable_slot) != (self._standing.ready_slot, self._standing.unreachable_slot):
             return True
-        if self._rounds.ready_slot < 0:
+        if self._standing.ready_slot < 0:
             return False
         ahead = range(slot + 1, slot + 1 + _SEATS_AHEAD_SLOTS)
         return any(
@@ -122,14 +122,14 @@ class Gossiper:
         """Say to everybody that this peer is there, or goes; nothing where heartbeats go to everybody."""
         if self._roster.neighbours is None:
             return
-        said = self._rounds.said = statements.make_presence(
+        said = self._standing.said = statements.make_presence(
             self._identity,
             self._manifest.run_id,
             self._outbox.next_sequence(),
             slot=max(0, slot),
             tier=self._tier,
-            ready_slot=self._rounds.ready_slot,
-            unreachable_slot=self._rounds.unreachable_slot,
+            ready_slot=self._standing.ready_slot,
+            unreachable_slot=self._standing.unreachable_slot,
             every=limits.PRESENCE_SLOTS,
             gone=gone,
             addresses=addresses,
@@ -183,7 +183,7 @@ class Gossiper:
         if sender not in self._answered and len(self._answered) < limits.NEIGHBOURS:
             self._answered[sender] = slot
             live = [m.presence for m in self._roster.live(slot) if m.presence is not None]
-            self._tell([sender], live if self._rounds.said is None else [*live, self._rounds.said])
+            self._tell([sender], live if self._standing.said is None else [*live, self._standing.said])
 
 
 def _batches(presences: list[Presence]) -> Iterator[tuple[Presence, ...]]:

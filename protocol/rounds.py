@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from braniac.protocol import committee as seats
 from braniac.protocol import events, limits, messages, statements
-from braniac.protocol.admission import Places, claimants, known_since
+from braniac.protocol.admission import Places
 from braniac.protocol.checking import Checking
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.identity import Identity, PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.merge import Merged
-from braniac.protocol.messages import Certificate, Commitment, Message, Presence, SignedVerdict, Verdict, Vote
-from braniac.protocol.roster import Member, Roster, dialable
+from braniac.protocol.messages import Certificate, Commitment, Message, SignedVerdict, Verdict, Vote
+from braniac.protocol.roster import Roster
 from braniac.protocol.round import Phase, SlotRound
-from braniac.protocol.spans import Spans
+from braniac.protocol.standing import Standing
 
 
 class Rounds:
@@ -26,37 +25,21 @@ class Rounds:
         self,
         manifest: Manifest,
         identity: Identity,
-        tier: int,
         roster: Roster,
+        standing: Standing,
         start_slot: int,
-        signed: Spans | None,
         send: Callable[[PeerId, Message], None],
         emit: Callable[[events.Event], None],
     ) -> None:
-        """Nothing is signed for slots up to `start_slot`, nor for those in `signed`: an earlier life may have done so.
-
-        None: there was no earlier life, and there will be no later one.
-        """
         self._manifest = manifest
         self._identity = identity
         self._me = identity.peer_id
-        self._tier = tier
         self._roster = roster
-        self._start_slot = start_slot
-        self._signed = signed or Spans()
-        self.noted = None if signed is None else Spans()
-        """Nothing is signed for other slots, a restart would not know of it; None: there will be no restart."""
+        self._standing = standing
         self._send = send
         self._emit = emit
         self._rounds: dict[int, SlotRound] = {}
         self.slot = start_slot
-        self.ready_slot = -1
-        self.unreachable_slot = 0
-        """Since when others cannot dial this peer; 0: they can."""
-        self.said: Presence | None = None
-        """The last that this peer has said to all of a large swarm; None: all get its heartbeats."""
-        self._holders: dict[int, int] = {}
-        """slot -> how many peers are expected to hold its fragment and to be ready."""
         self._closed_at = float("-inf")
         self._checking = Checking(identity, manifest.run_id)
 
@@ -65,21 +48,13 @@ class Rounds:
         self.slot = slot
         over = slot - limits.PROPOSAL_OPEN_SLOTS - 1
         self._rounds = {s: r for s, r in self._rounds.items() if s > over}
-        self._holders = {s: n for s, n in self._holders.items() if s > over}
+        self._standing.forget(over)
         return over
 
     @property
     def busy(self) -> bool:
         """Whether a slot that this peer owns still waits for its certificate."""
         return any(r.owned and r.phase not in (Phase.CERTIFIED, Phase.ABANDONED) for r in self._rounds.values())
-
-    def silent_in(self, slot: int) -> bool:
-        """Whether this peer may have signed for that slot before it was restarted: it does not do so again."""
-        return slot <= self._start_slot or slot in self._signed
-
-    def may_sign(self, slot: int) -> bool:
-        """Whether it has not done so in an earlier life, and a later one would know of it."""
-        return not self.silent_in(slot) and (self.noted is None or slot in self.noted)
 
     def next_deadline(self) -> float:
         """When the next round of this peer's own must close with what it has."""
@@ -104,24 +79,14 @@ class Rounds:
         if self.contradiction(commitment) is not None:
             self._emit(events.IdentityShared(slot))
             return
-        for peer in self._committee(slot):
+        for peer in self._standing.committee(slot):
             if peer == self._me:
                 with contextlib.suppress(WireError):  # a full slot: the work is offered again, like anybody's
                     self.note_commitment(commitment)
                 continue
-            if self.said is not None:  # a seat that has never heard of a contributor would not sign
-                self._send(peer, messages.Gossip((self.said,)))
+            if self._standing.said is not None:  # a seat that has never heard of a contributor would not sign
+                self._send(peer, messages.Gossip((self._standing.said,)))
             self._send(peer, messages.Offer(commitment))
-
-    def draws(self, slot: int, peer: PeerId, *, spare: int = 1) -> bool:
-        """Whether a holder of the slot's fragment contributes: of very many a few, or `spare` times as many, by lot."""
-        if slot not in self._holders:
-            fragment = self._manifest.fragment_of(slot)
-            holders = (m for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment))
-            others = claimants(holders, known_since(slot, self._manifest.window))
-            self._holders[slot] = others + self._manifest.holds(self._tier, fragment)
-        places = spare * limits.CONTRIBUTORS_PER_SLOT
-        return seats.drawn(seats.share_lot(self._manifest.run_id, slot, peer), places, self._holders[slot])
 
     def note_commitment(self, commitment: Commitment) -> None:
         """A contribution was announced to this seat. Raises WireError."""
@@ -135,7 +100,7 @@ class Rounds:
 
     def _check_contribution(self, commitment: Commitment) -> None:
         """Might its peer make it, and is it no larger than it may be? Raises WireError."""
-        tier = self.tier_of(commitment.peer)
+        tier = self._standing.tier_of(commitment.peer)
         if tier is None or not self._manifest.holds(tier, commitment.fragment):
             raise WireError(Refusal.UNKNOWN_PEER, "a contribution of a peer that does not hold the fragment")
         if commitment.payload_bytes > self._manifest.contribution_bytes_max(commitment.fragment):
@@ -145,14 +110,14 @@ class Rounds:
         """Whether a contribution of `peer` is taken, as far as this seat decides that."""
         if not current.owned or peer == self._me:
             return True
-        if not self.draws(current.slot, peer, spare=2):  # it may know of fewer peers
+        if not self._standing.draws(current.slot, peer, spare=2):  # it may know of fewer peers
             return False
         wanting = (
             member
             for member in self._roster
             if self._manifest.holds(member.tier, current.fragment)
             and (member.live(current.slot) or member.peer == peer)
-            and self.draws(current.slot, member.peer, spare=2)
+            and self._standing.draws(current.slot, member.peer, spare=2)
         )
         return current.places.admit(peer, wanting, current.commitments)
 
@@ -185,16 +150,15 @@ class Rounds:
         """If this peer owns the slot and it is time, ask for the merge."""
         slot, fragment = current.slot, current.fragment
         holders = [m.peer for m in self._roster.eligible(slot) if self._manifest.holds(m.tier, fragment)]
-        expected = [peer for peer in holders if self.draws(slot, peer) and self._has_place(current, peer)]
-        mine = self.ready_slot >= 0 and self._manifest.holds(self._tier, fragment) and not self.silent_in(slot)
-        if mine and self.draws(slot, self._me):
+        expected = [peer for peer in holders if self._standing.draws(slot, peer) and self._has_place(current, peer)]
+        if self._standing.contributes(slot):
             expected.append(self._me)
         if self._roster.neighbours is not None and now >= self._at(slot, limits.ANNOUNCE_FRACTION):
             # Who vanishes from a large swarm is expected for up to an hour. If most are silent, it is this peer's line.
             announced = [peer for peer in expected if peer in current.commitments]
             expected = announced if 2 * len(announced) >= len(expected) else expected
         overdue = now >= self._at(slot, limits.CLOSE_FRACTION)
-        if self.may_sign(slot) and current.may_close(expected, overdue=overdue):
+        if self._standing.may_sign(slot) and current.may_close(expected, overdue=overdue):
             self._close(current)
 
     def _close(self, current: SlotRound) -> None:
@@ -225,9 +189,9 @@ class Rounds:
     def check_proposal(self, sender: PeerId, verdict: Verdict) -> None:
         """Take up an owner's proposal: it is signed once its merge was found to be right. Raises WireError."""
         self._check_slot(verdict.slot, verdict.fragment)
-        if self.silent_in(verdict.slot):
+        if self._standing.silent_in(verdict.slot):
             raise WireError(Refusal.NOT_READY, "this peer may have signed for that slot before it was restarted")
-        if not self.may_sign(verdict.slot):
+        if not self._standing.may_sign(verdict.slot):
             raise WireError(Refusal.NOT_READY, "this peer could not note yet that it signs for that slot")
         current = self._seat(verdict.slot)
         for commitment in verdict.commitments:
@@ -295,57 +259,16 @@ class Rounds:
                 for peer in current.silent():
                     self._send(peer, messages.Proposal(current.verdict))
 
-    def _committee(self, slot: int) -> tuple[PeerId, ...]:
-        return seats.committee(self._manifest.run_id, slot, self._candidates(slot))
-
-    def _candidates(self, slot: int) -> list[PeerId]:
-        """Who may have a seat."""
-        heard = self.said is None or self.said.slot >= slot - limits.ROSTER_LIVE_SLOTS
-        return self._dialable(self._roster.standing(slot), slot, with_me=heard)
-
-    def taking_part(self, slot: int) -> list[PeerId]:
-        """Who is ready and passes things on."""
-        return self._dialable(self._roster.eligible(slot), slot, with_me=True)
-
-    def _dialable(self, members: Iterable[Member], slot: int, *, with_me: bool) -> list[PeerId]:
-        """Those that can be dialled. Only if there is nobody like that, all the others."""
-        eligible = {member.peer: member.dialable(slot) for member in members}
-        if with_me and 0 <= self.ready_slot <= slot - limits.ELIGIBLE_SLOTS and not self.silent_in(slot):
-            eligible[self._me] = dialable(self.unreachable_slot, slot)
-        return [peer for peer, can_be_dialled in eligible.items() if can_be_dialled] or list(eligible)
-
-    def could_decide(self, verdict: Verdict, signers: set[PeerId]) -> bool:
-        """Whether, as far as this peer can tell, these signers were high enough and no seat was left out."""
-        slot = verdict.slot
-        edge = slot - 2 * limits.ROSTER_LIVE_SLOTS
-        # A signer may have lapsed or begun to leave since: it is only outranked by those who could have had its seat.
-        rivals = {m.peer for m in self._roster if m.peer in signers and m.heard_slot >= edge}
-        # Nor does a ban undo what was decided about then: some have taken a certificate that others have yet to get.
-        banned = self._roster.banned
-        rivals |= {p for p in signers if p in banned and abs(slot - banned[p].slot) <= self._manifest.window}
-        if self._me in signers or dialable(self.unreachable_slot, slot):
-            rivals.add(self._me)
-        ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(self._candidates(slot)))
-        enough_seats = len(verdict.committee) >= len(self._committee(slot))
-        return enough_seats and signers <= set(ranked[: limits.CERTIFICATE_RANK_MAX])
-
     def _seat(self, slot: int) -> SlotRound:
         """The round of `slot`. Raises WireError if this peer has no seat in it."""
         if slot not in self._rounds:
-            committee = self._committee(slot)
+            committee = self._standing.committee(slot)
             if self._me not in committee:
                 raise WireError(Refusal.NOT_COMMITTEE, f"this peer has no seat in slot {slot}")
             fragment = self._manifest.fragment_of(slot)
             places = Places(self._manifest.run_id, slot, self._manifest.window)
             self._rounds[slot] = SlotRound(self._manifest.run_id, slot, fragment, committee, self._me, places)
         return self._rounds[slot]
-
-    def tier_of(self, peer: PeerId) -> int | None:
-        """None if it is not known."""
-        if peer == self._me:
-            return self._tier
-        member = self._roster.get(peer)
-        return member.tier if member else None
 
     def _check_slot(self, slot: int, fragment: int) -> None:
         if fragment != self._manifest.fragment_of(slot):

@@ -17,7 +17,7 @@ from braniac.protocol.identity import PeerId
 from braniac.protocol.manifest import Manifest
 from braniac.protocol.messages import Certificate
 from braniac.protocol.roster import Roster
-from braniac.protocol.rounds import Rounds
+from braniac.protocol.standing import Standing
 from braniac.protocol.tree import ancestors
 
 
@@ -33,11 +33,11 @@ class _Wait:
 class Sources:
     """Where the updates that are missing here can be had."""
 
-    def __init__(self, manifest: Manifest, me: PeerId, roster: Roster, rounds: Rounds) -> None:
+    def __init__(self, manifest: Manifest, me: PeerId, roster: Roster, standing: Standing) -> None:
         self._manifest = manifest
         self._me = me
         self._roster = roster
-        self._rounds = rounds
+        self._standing = standing
         self._waits: dict[bytes, _Wait] = {}
 
     def ask(self, certificate: Certificate, now_slot: int) -> BlobWanted:
@@ -61,12 +61,12 @@ class Sources:
         verdict = certificate.verdict
         if verdict.slot < now_slot - limits.PROPOSAL_OPEN_SLOTS - 1:
             return _Wait([], 0)  # it has gone round long ago: whoever lists it has it
-        peers = [peer for peer in self._rounds.taking_part(verdict.slot) if self._holds(peer, verdict.fragment)]
+        peers = [peer for peer in self._standing.taking_part(verdict.slot) if self._holds(peer, verdict.fragment)]
         above = ancestors(self._manifest.run_id, verdict.slot, verdict.committee, peers, self._me)
         return _Wait(above, min(len(above) + 1, limits.UPDATE_PATIENCE_REPEATS) if above else 0)
 
     def _holds(self, peer: PeerId, fragment: int) -> bool:
-        tier = self._rounds.tier_of(peer)
+        tier = self._standing.tier_of(peer)
         return tier is not None and self._manifest.holds(tier, fragment)
 
     def _anybody(self, certificate: Certificate, above: list[PeerId], now_slot: int) -> tuple[PeerId, ...]:

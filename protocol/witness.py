@@ -1,7 +1,7 @@
 """What seats have signed, as far as this peer has seen: two different verdicts on one slot convict the seat.
 
 An owner that wants two updates for one slot needs its own signature under both, and each certificate goes to everybody.
-A seat that has signed one of them signs no other (round.py), also not after a restart (rounds.py), so whoever did lied.
+A seat that has signed one of them signs no other (round.py), nor after a restart (standing.py), so whoever did lied.
 """
 
 from __future__ import annotations

@@ -74,13 +74,13 @@ class Swarm:
         else:
             for phone in self.phones:
                 presence = self._presence(phone, slot - self.rng.randrange(limits.PRESENCE_SLOTS // 2))
-                phone.engine._rounds.said = presence
+                phone.engine._standing.said = presence
                 greeting = Heartbeat(slot, 0, presence.ready_slot, presence.addresses, every=presence.every)
                 for other in self._others(phone):
                     other.engine.roster.hear_of(presence, slot)
                     other.engine.roster.hear(phone.id, greeting, slot, presence.sequence + 1)
         for phone in self.phones:
-            phone.engine._rounds.ready_slot = slot - self.manifest.window
+            phone.engine._standing.ready_slot = slot - self.manifest.window
             phone.ready_s = self.time.now
             self.time.later(self.rng.uniform(0, self.manifest.slot_s / 4), phone.pump)
 

@@ -129,14 +129,14 @@ def test_a_joiner_behind_a_router_contributes_under_loss() -> None:
 def test_saying_the_same_again_changes_nothing() -> None:
     swarm = Swarm.running([0, 0])
     peer = swarm.peers[0]
-    ready_slot = peer.engine._rounds.ready_slot
+    ready_slot = peer.engine._standing.ready_slot
     show(peer)
-    assert peer.engine._rounds.ready_slot == ready_slot
+    assert peer.engine._standing.ready_slot == ready_slot
     hide(peer)
-    since = peer.engine._rounds.unreachable_slot
+    since = peer.engine._standing.unreachable_slot
     swarm.run(3)
     hide(peer)
-    assert peer.engine._rounds.unreachable_slot == since
+    assert peer.engine._standing.unreachable_slot == since
 
 
 def test_a_heartbeat_says_since_when() -> None:

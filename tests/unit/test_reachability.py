@@ -86,7 +86,7 @@ class Asker:
 
     @property
     def hidden(self) -> bool:
-        return self.engine._rounds.unreachable_slot > 0
+        return self.engine._standing.unreachable_slot > 0
 
 
 @pytest.fixture
