@@ -305,8 +305,8 @@ class DataPath:
 
     async def _apply(self, update: events.UpdateDue) -> None:
         """Apply a certificate: the anchor moves, the weights follow, own work that was taken is subtracted."""
-        if update.fragment not in self._engine.history.last:
-            return  # the fragment was lost meanwhile: the update is in what is downloaded, or comes again
+        if not self._engine.history.wanted(update.certificate):
+            return  # the fragment was lost or downloaded meanwhile: the update is in what came, or comes again
         if update.acknowledged in self._disowned:
             update = replace(update, acknowledged=None)
         with self._status.phase("apply"):

@@ -94,27 +94,28 @@ class History:
 
     def missing_updates(self) -> list[Certificate]:
         """Certificates that stand but whose update has not arrived."""
-        return [e.certificate for e in self._entries.values() if not e.handed and self._wanted(e)]
+        return [e.certificate for e in self._entries.values() if not e.handed and self.wanted(e.certificate)]
 
     def waiting_for(self, update_digest: bytes) -> list[Entry]:
         """Entries that can be applied once this update is here, oldest slot first."""
         found = [
             e
             for e in self._entries.values()
-            if not e.handed and e.certificate.verdict.update_digest == update_digest and self._wanted(e)
+            if not e.handed and e.certificate.verdict.update_digest == update_digest and self.wanted(e.certificate)
         ]
         return sorted(found, key=lambda e: e.certificate.verdict.slot)
 
     def applying(self, fragment: int) -> bool:
         """Whether a certificate of the fragment is known here and not inside its anchor yet."""
         return any(
-            slot not in self._confirmed and self._wanted(entry)
+            slot not in self._confirmed and self.wanted(entry.certificate)
             for slot, entry in self._entries.items()
             if entry.certificate.verdict.fragment == fragment
         )
 
-    def _wanted(self, entry: Entry) -> bool:
-        verdict = entry.certificate.verdict
+    def wanted(self, certificate: Certificate) -> bool:
+        """Whether its update moves an anchor that is here and does not hold it for good."""
+        verdict = certificate.verdict
         return verdict.fragment in self.last and verdict.slot > self.floor.get(verdict.fragment, -1)
 
     def confirm(self, certificate: Certificate, acknowledged: bytes | None, *, undo: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,25 @@ async def test_a_slot_from_own_work_to_a_generation(lone: Lone) -> None:
     generation = node.store.recover()
     assert generation is not None
     assert from_generation(generation).anchors == node.replica.anchors
+
+
+async def test_an_update_that_waits_behind_a_download_which_holds_it_is_not_applied(lone: Lone) -> None:
+    node = lone.node
+    await node.step(3)
+    due = lone.due()
+    update = await lone.certify(due)
+    anchor = node.replica.anchor(due.fragment) + np.int32(5)
+    held = FragmentState(due.fragment, due.slot, node.store.put(bridge.anchor_bytes(anchor)))
+    lone.path._ordered.put_nowait(held)
+    lone.path.put(update)
+    await lone.path.finish()
+    assert node.replica.anchors[due.fragment] == held
+    assert node.replica.totals.merged == 0
+    older = dataclasses.replace(held, slot=due.slot - 1)
+    lone.path._ordered.put_nowait(older)
+    lone.path.put(dataclasses.replace(update, acknowledged=None))
+    await lone.path.finish()
+    assert node.replica.anchors[due.fragment].digest != held.digest, "this one does not hold it"
 
 
 def full(data: bytes) -> bytes:
