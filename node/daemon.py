@@ -53,6 +53,8 @@ class Daemon:
         self._awake = asyncio.Event()
         """Cleared while the node is at rest and the engine gets no time."""
         self._awake.set()
+        self._knows_others = membership.saved is not None and bool(membership.saved.peers)
+        """By what is on disk. Whoever knows nobody goes by its wall clock when it starts, however wrong that is."""
         self._leaving = False
         self._resting = False
         """From the wish to rest until `wake`."""
@@ -197,6 +199,9 @@ class Daemon:
                 self.node.network.remember(peer, addresses)
                 self._spawn(self._whereabouts.locate(peer))
                 log.info("a peer joined", peer=short_name(peer), tier=tier)
+                if self._engine.ready and not self._knows_others:
+                    self._knows_others = True
+                    self.path.save()
             case events.PeerLeft(peer, said_goodbye):
                 log.info("a peer left" if said_goodbye else "a peer fell silent", peer=short_name(peer))
             case events.SlotSettled() | events.Equivocated() | events.WrongMerge():

@@ -125,10 +125,14 @@ class DataPath:
             self._engine.fragment_damaged(job.fragment)
         return True
 
+    def save(self) -> None:
+        """Make a generation when what is in hand is done, if there is space."""
+        self._ordered.put_nowait(_Save())
+
     async def finish(self) -> None:
         """Do what is in hand, then save it if there is space."""
         await self._ordered.join()
-        self._ordered.put_nowait(_Save())
+        self.save()
         await self._ordered.join()
 
     def hurry(self) -> None:

@@ -252,6 +252,28 @@ def test_no_start_speaks_with_the_voice_of_an_earlier_one(known: bool) -> None:
     tell(story, 0, 0, 0)
 
 
+def test_a_founder_that_was_joined_never_goes_by_its_wall_clock_again() -> None:
+    """Even if it ended before its next generation: alone and ahead it would decide slots of its own."""
+
+    async def story(world: World) -> None:
+        founder, other = world.machines
+        founder.start()
+        await world.until(lambda: founder.life is not None and founder.life.daemon is not None, 8, 0.01)
+        slot = life_of(founder).engine.slot  # type: ignore[union-attr]
+        other.start()
+        await world.until(lambda: life_of(founder).engine.live_peers(), 8, 0.01)  # type: ignore[union-attr]
+        await world.slots(0.1)
+        assert world.slot == slot, "no slot has begun since, so no work was offered and stored"
+        life_of(founder).kill("power")
+        founder.jump_wall(HOUR_S)
+        await world.slots(0.1)
+        founder.start()
+        await world.until(lambda: founder.life is not None and founder.life.daemon is not None, 8, 0.01)
+        assert life_of(founder).engine.slot <= world.slot + 1  # type: ignore[union-attr]
+
+    tell(story, 0, 0)
+
+
 # --- almost nobody ---------------------------------------------------------------------------------------------------
 
 
