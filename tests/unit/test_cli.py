@@ -20,6 +20,7 @@ from braniac.node.errors import AlreadyRunning, ConfigError, NodeError
 from braniac.node.failures import explain
 from braniac.node.log_view import log_path
 from braniac.node.settings_merge import load_config
+from braniac.protocol import limits
 from braniac.protocol.errors import ManifestError, VersionMismatch
 
 VERBS = [
@@ -66,7 +67,7 @@ def test_the_help_of_a_verb_in_a_group_has_examples(group: str, verb: str, capsy
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
-    assert capsys.readouterr().out == "braniac-node 0.1.0, protocol 2\n"
+    assert capsys.readouterr().out == f"braniac-node 0.1.0, protocol {limits.PROTOCOL_VERSION}\n"
 
 
 def test_light_commands_load_nothing_heavy() -> None:

@@ -126,7 +126,7 @@ async def test_a_run_that_is_forged_or_of_another_version_is_not_joined(nodes: N
     holder.exchange.manifest = body.replace(b'"seed":0', b'"seed":1'), signature
     with pytest.raises(ManifestError, match="signed"):
         await asker.exchange.ask_manifest(asker.transport, holder.peer)
-    holder.exchange.manifest = body.replace(b'"protocol":2', b'"protocol":7'), signature
+    holder.exchange.manifest = body.replace(b'"protocol":%d' % limits.PROTOCOL_VERSION, b'"protocol":777'), signature
     with pytest.raises(VersionMismatch, match="version 7"):
         await asker.exchange.ask_manifest(asker.transport, holder.peer)
 

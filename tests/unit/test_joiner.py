@@ -20,6 +20,7 @@ from braniac.node.network import Network
 from braniac.node.p2pd import P2pdOptions
 from braniac.node.store import Store
 from braniac.node.transport_memory import MemoryNetwork, MemoryTransport
+from braniac.protocol import limits
 from braniac.protocol.errors import VersionMismatch
 from braniac.protocol.manifest import Manifest, sign_manifest
 from tests.unit.node_harness import make_manifest
@@ -107,7 +108,7 @@ async def test_another_protocol_ends_the_search(nodes: Nodes) -> None:
     founder = nodes.make()
     address = await founder.start()
     body, signature = sign_manifest(make_manifest(founder.identity), founder.identity)
-    founder.exchange.manifest = body.replace(b'"protocol":2', b'"protocol":7'), signature
+    founder.exchange.manifest = body.replace(b'"protocol":%d' % limits.PROTOCOL_VERSION, b'"protocol":777'), signature
     seeker = nodes.make(address)
     await seeker.start()
     with pytest.raises(VersionMismatch, match="install"):
