@@ -58,9 +58,10 @@ class HivemindPeer:
                     return answer
             if time.monotonic() > deadline_s:
                 return None
-            if self.process.poll() is not None:
-                raise Failed(f"a peer of hivemind's ended with exit code {self.process.returncode}")
+            ended = self.process.poll() is not None  # asked first: what it said before is in the pipe
             self._unread += self.process.stdout.read() or b""
+            if ended and b"\n" not in self._unread:
+                raise Failed(f"a peer of hivemind's ended with exit code {self.process.returncode}")
             time.sleep(0.005)
 
     def stop(self) -> None:
