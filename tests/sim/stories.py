@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from braniac.protocol.engine import Engine
 from tests.sim.node import Life, Machine
 from tests.sim.world import Outcome, Plan, World, simulate
 
@@ -21,3 +22,10 @@ def life_of(machine: Machine) -> Life:
     assert machine.life is not None
     assert machine.life.engine is not None
     return machine.life
+
+
+def engine_of(machine: Machine) -> Engine:
+    """Of a machine that runs."""
+    engine = life_of(machine).engine
+    assert engine is not None
+    return engine

@@ -10,7 +10,7 @@ from braniac.protocol import events, statements
 from braniac.protocol.merge import Merged
 from braniac.protocol.messages import Equivocation
 from tests.sim.node import Life, Machine
-from tests.sim.stories import life_of, tell
+from tests.sim.stories import engine_of, life_of, tell
 from tests.sim.training import FRAGMENTS
 from tests.sim.world import World, identity
 from tests.unit.swarm_checks import one_more
@@ -78,14 +78,14 @@ def test_a_ban_survives_a_restart(tier: int) -> None:
         await world.begin()
         machine = world.machines[-1]
         proof = lie_of(world)
-        life_of(machine).engine.roster.ban(proof)  # type: ignore[union-attr]
+        engine_of(machine).roster.ban(proof)
         await world.slots(WINDOW)
         life_of(machine).kill("power")
         world.cut([machine], world.machines[:-1])
         await world.until(lambda: machine.life is None, 1, 0.01)
         machine.start()
         await world.until(lambda: machine.life is not None and machine.life.daemon is not None, 8)
-        assert life_of(machine).engine.roster.banned == {proof.peer: proof}  # type: ignore[union-attr]
+        assert engine_of(machine).roster.banned == {proof.peer: proof}
         world.mend()
 
     tell(story, 0, 0, tier)

@@ -14,7 +14,7 @@ from braniac.protocol import limits
 from braniac.protocol.round import Phase, SlotRound
 from tests.sim.faults import HOUR_S
 from tests.sim.node import Machine
-from tests.sim.stories import life_of, tell
+from tests.sim.stories import engine_of, life_of, tell
 from tests.sim.training import FRAGMENT_TABLE, FRAGMENTS
 from tests.sim.world import World
 
@@ -23,7 +23,7 @@ HORIZON = limits.HISTORY_WINDOWS * WINDOW
 
 
 def round_of(machine: Machine, slot: int) -> SlotRound | None:
-    return life_of(machine).engine._rounds._rounds.get(slot)  # type: ignore[union-attr]
+    return engine_of(machine)._rounds._rounds.get(slot)
 
 
 def downloads(machine: Machine) -> int:
@@ -73,7 +73,7 @@ def test_an_owner_that_dies_before_its_certificate(step: str, back: bool) -> Non
         slot, owner = await next_owned(world)
         others = [machine for machine in world.machines if machine is not owner]
         fragment = world.manifest.fragment_of(slot)
-        before = {m.name: life_of(m).engine.anchors()[fragment] for m in others}  # type: ignore[union-attr]
+        before = {m.name: engine_of(m).anchors()[fragment] for m in others}
         if step == "with its own signature only":
             world.network.weather.cuts |= {(m.identity.peer_id, owner.identity.peer_id) for m in others}
             # Their payloads cannot reach it either, so it merges its own work alone, when the slot is over.
@@ -83,7 +83,7 @@ def test_an_owner_that_dies_before_its_certificate(step: str, back: bool) -> Non
         world.mend()
         await world.until(lambda: world.slot > slot + limits.PROPOSAL_OPEN_SLOTS + 1, 6)
         assert digests(world, slot, others) == {None}
-        states = {m.name: life_of(m).engine.anchors()[fragment] for m in others}  # type: ignore[union-attr]
+        states = {m.name: engine_of(m).anchors()[fragment] for m in others}
         assert states == before
         first = world.slot
         if back:
@@ -125,13 +125,13 @@ def test_an_owner_that_dies_while_it_serves_the_update(away_slots: int) -> None:
         others = [machine for machine in world.machines if machine is not owner]
 
         def published() -> bool:
-            histories = [life_of(m).engine.history for m in others]  # type: ignore[union-attr]
+            histories = [engine_of(m).history for m in others]
             return any((entry := history.entry(slot)) is not None and not entry.handed for history in histories)
 
         await world.until(published, 2, 0.001)
         life_of(owner).kill("kill")
         fragment = world.manifest.fragment_of(slot)
-        anchors = [life_of(m).engine.anchors for m in others]  # type: ignore[union-attr]
+        anchors = [engine_of(m).anchors for m in others]
         await world.until(lambda: all(anchor()[fragment].slot >= slot for anchor in anchors), 4)
         await world.slots(away_slots)
         owner.start()
@@ -260,9 +260,9 @@ def test_a_founder_that_was_joined_never_goes_by_its_wall_clock_again() -> None:
         founder, other = world.machines
         founder.start()
         await world.until(lambda: founder.life is not None and founder.life.daemon is not None, 8, 0.01)
-        slot = life_of(founder).engine.slot  # type: ignore[union-attr]
+        slot = engine_of(founder).slot
         other.start()
-        await world.until(lambda: life_of(founder).engine.live_peers(), 8, 0.01)  # type: ignore[union-attr]
+        await world.until(lambda: engine_of(founder).live_peers(), 8, 0.01)
         await world.slots(0.1)
         assert world.slot == slot, "no slot has begun since, so no work was offered and stored"
         life_of(founder).kill("power")
@@ -270,7 +270,7 @@ def test_a_founder_that_was_joined_never_goes_by_its_wall_clock_again() -> None:
         await world.slots(0.1)
         founder.start()
         await world.until(lambda: founder.life is not None and founder.life.daemon is not None, 8, 0.01)
-        assert life_of(founder).engine.slot <= world.slot + 1  # type: ignore[union-attr]
+        assert engine_of(founder).slot <= world.slot + 1
 
     tell(story, 0, 0)
 
@@ -287,13 +287,13 @@ def test_the_last_holder_of_a_ring_leaves_and_comes_back(slots: int) -> None:
         holder = world.machines[0]
         rings = [f.index for f in FRAGMENT_TABLE if f.ring > 0]
         life_of(holder).leave()
-        before = {f: life_of(holder).engine.anchors()[f] for f in rings}  # type: ignore[union-attr]
+        before = {f: engine_of(holder).anchors()[f] for f in rings}
         await world.until(lambda: holder.life is None, 5)
         await world.slots(slots)
         holder.start()
         await world.until(lambda: holder.life is not None and holder.life.engine is not None, 8)
         for f, state in before.items():
-            found = life_of(holder).engine.anchors()[f]  # type: ignore[union-attr]
+            found = engine_of(holder).anchors()[f]
             assert found.slot >= state.slot
 
     tell(story, 0, 2, 2)

@@ -13,7 +13,7 @@ from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.errors import Refusal, WireError
 from braniac.protocol.tree import ancestors
 from tests.sim.node import Machine
-from tests.sim.stories import life_of, tell
+from tests.sim.stories import engine_of, life_of, tell
 from tests.sim.training import FRAGMENTS
 from tests.sim.world import World
 
@@ -48,12 +48,12 @@ async def next_deep(world: World) -> int:
 
 
 def has_merged(machine: Machine, slot: int) -> bool:
-    entry = life_of(machine).engine.history.entry(slot)  # type: ignore[union-attr]
+    entry = engine_of(machine).history.entry(slot)
     return entry is not None and entry.handed
 
 
 def has_heard(machine: Machine, slot: int) -> bool:
-    return life_of(machine).engine.history.entry(slot) is not None  # type: ignore[union-attr]
+    return engine_of(machine).history.entry(slot) is not None
 
 
 def test_nobody_sends_an_update_to_more_than_two(monkeypatch: pytest.MonkeyPatch) -> None:
