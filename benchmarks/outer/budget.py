@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -18,19 +19,26 @@ MARGIN = 0.97
 """Of a budget is planned with: what peers really send is not independent noise, and takes a little more or less."""
 
 
-def within(plan: Plan, bytes_per_peer: float) -> Plan | None:
-    """The plan changed so that it takes up an uplink of a whole run; None if not even one value per tile fits.
+LEAST_VALUES = (16, 64)
+"""Per tile in a contribution: many small windows, or fewer with more. Which learns better depends on the length."""
 
-    What is left over goes first into windows, which get shorter, as methods with large uplinks send after every step;
-    then into values. A merged update keeps its multiple of the values of a contribution.
+
+def within(plan: Plan, traffic: float) -> list[Plan]:
+    """The plan changed so that it fills the links of a peer, both ways, as far as so much in a whole run does.
+
+    One plan for each of LEAST_VALUES: windows of as few steps as leave room for so many values, and as many values as
+    fit then. A merged update keeps its multiple of the values of a contribution. None if a single window is too much.
     """
-    budget = MARGIN * bytes_per_peer
-    splits = [split for split in range(1, plan.steps + 1) if plan.steps % split == 0]
-    shorter = [replace(plan, windows=plan.windows * split, steps=plan.steps // split) for split in splits]
-    base = [plan, *(each for each in shorter if expected_bytes(each) <= budget)][-1]
-    plans = [plan_with(base, per_tile) for per_tile in range(1, TILE + 1)]
-    fitting = bisect.bisect_right(plans, budget, key=expected_bytes)
-    return plans[fitting - 1] if fitting else None
+    budget = MARGIN * traffic
+    lengths = [steps for steps in range(1, plan.total_steps + 1) if plan.total_steps % steps == 0]
+    found: dict[int, Plan] = {}
+    for least in LEAST_VALUES:
+        cut = (replace(plan, windows=plan.total_steps // steps, steps=steps) for steps in lengths)
+        base = next((each for each in cut if expected_traffic(plan_with(each, least)) <= budget), None)
+        if base is not None:
+            plans = [plan_with(base, per_tile) for per_tile in range(least, TILE + 1)]
+            found[base.windows] = plans[bisect.bisect_right(plans, budget, key=expected_traffic) - 1]
+    return list(found.values())
 
 
 def plan_with(plan: Plan, per_tile: int) -> Plan:
@@ -43,18 +51,20 @@ def plan_with(plan: Plan, per_tile: int) -> Plan:
     )
 
 
-def expected_bytes(plan: Plan) -> float:
-    """Uplink of Braniac per peer in a whole run, for values that are independent noise.
+def expected_traffic(plan: Plan) -> float:
+    """What a peer of Braniac sends and receives in a whole run, in bytes, for values that are independent noise.
 
-    Each seat of a slot pulls the contributions of all others; updates go to those that have no seat.
+    Each seat of a slot pulls the contributions of all others; updates go to those that have no seat. Each byte that is
+    sent is received by another peer.
     """
     layouts = [spec.layout for spec in bridge.fragment_specs(fragment_table(plan.config, plan.fragments))]
     up, down = (sum(_noise_bytes(layout, rules) for layout in layouts) for rules in (plan.up, plan.down))
     peers = len(plan.tiers)
     seats = min(limits.COMMITTEE_SIZE, peers)
-    return plan.windows * (seats * (peers - 1) * up + (peers - seats) * down) / peers
+    return 2 * plan.windows * (seats * (peers - 1) * up + (peers - seats) * down) / peers
 
 
+@functools.cache
 def _noise_bytes(layout: TileLayout, rules: CodecRules) -> int:
     noise = np.random.default_rng(0).normal(0, 1 << 16, layout.size).astype(np.int32)
     return len(codec.encode_topk(layout, rules, noise)[0])

@@ -1,12 +1,17 @@
-"""Running methods on the same plan: figures of one run, and a sweep of learning rates per method."""
+"""Running methods on the same plan: figures of one run, and a sweep of plans and learning rates per method."""
 
 from __future__ import annotations
 
 import math
+import multiprocessing
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from braniac.model.errors import TrainingDiverged
 from braniac.model.sources import Corpus
@@ -43,6 +48,11 @@ class Outcome:
     rate: float
     outer_rate: float
     missing_percent: int
+    windows: int
+    up: int
+    """Braniac: values of 4,096 in a contribution."""
+    down: int
+    """Braniac: values of 4,096 in an update."""
     loss: float
     """Held-out, in nats per byte; infinite if the training diverged."""
     bytes_per_peer: float
@@ -80,6 +90,9 @@ def run(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
         rate=plan.rate,
         outer_rate=plan.outer_rate,
         missing_percent=plan.missing_percent,
+        windows=plan.windows,
+        up=plan.up.per_tile,
+        down=plan.down.per_tile,
         loss=loss if math.isfinite(loss) else math.inf,
         bytes_per_peer=swarm.books.bytes_per_peer,
         downlink_bytes_per_peer=swarm.books.downlink_bytes_per_peer,
@@ -90,14 +103,46 @@ def run(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
     )
 
 
+Runs = Callable[[str, Method, Plan, Corpus], Outcome]
+"""Does a run like `run`, and may do it somewhere else."""
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[Runs]:
+    """Runs in so many processes, for as many threads that wait for them; one job is done where it is asked for."""
+    if jobs == 1:
+        yield run
+        return
+    spawning = multiprocessing.get_context("spawn")  # forking would copy locks that torch's threads hold
+    with ProcessPoolExecutor(jobs, spawning, torch.set_num_threads, (torch.get_num_threads(),)) as processes:
+
+        def elsewhere(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
+            return processes.submit(run, name, method, plan, corpus).result()
+
+        yield elsewhere
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A method and what it is to be tried with, on the first seed."""
+
+    name: str
+    method: Method
+    plans: Sequence[Plan]
+    rates: Sequence[float] = (1.0,)
+    outer_rates: Sequence[float] = (1.0,)
+
+
 @dataclass(frozen=True)
 class Sweep:
     """All runs of one method."""
 
     tried: tuple[Outcome, ...]
-    """One per pair of learning rates that was tried, with the first seed."""
+    """One per plan and pair of learning rates that was tried, with the first seed."""
     best: tuple[Outcome, ...]
-    """One per seed, with the rates of the lowest loss."""
+    """One per seed, with the plan and rates of the lowest loss."""
+    plan: Plan = field(repr=False)
+    """The best."""
 
     def summary(self) -> dict[str, object]:
         """Means over the seeds, in a form for JSON; no figures if a run diverged at the best rates."""
@@ -105,11 +150,16 @@ class Sweep:
         first = self.best[0]
         if not all(map(math.isfinite, losses)):
             return {"diverged": True, "rate": first.rate, "outer_rate": first.outer_rate}
+        up, down = (
+            round(statistics.mean(getattr(outcome, name) for outcome in self.best))
+            for name in ("bytes_per_peer", "downlink_bytes_per_peer")
+        )
         return {
             "loss": round(statistics.mean(losses), 5),
             "loss_by_seed": [round(loss, 5) for loss in losses],
-            "bytes_per_peer": round(statistics.mean(outcome.bytes_per_peer for outcome in self.best)),
-            "downlink_bytes_per_peer": round(statistics.mean(outcome.downlink_bytes_per_peer for outcome in self.best)),
+            "bytes_per_peer": up,
+            "downlink_bytes_per_peer": down,
+            "traffic_per_peer": up + down,
             "largest_message_bytes": max(outcome.largest_message_bytes for outcome in self.best),
             "peak_to_mean": max(outcome.peak_to_mean for outcome in self.best),
             "rate": first.rate,
@@ -117,29 +167,36 @@ class Sweep:
         }
 
 
-def sweep(
-    name: str,
-    method: Method,
-    plan: Plan,
-    corpus: Corpus,
-    seeds: Sequence[int],
-    rates: Sequence[float],
-    outer_rates: Sequence[float],
-) -> Sweep:
-    """Try the inner rates with the first of the outer ones, then the outer rates with the best of the inner ones.
+def sweep(contest: Contest, corpus: Corpus, seeds: Sequence[int], do: Runs = run) -> Sweep:
+    """Try the plans and inner rates with the first outer rate, then the other outer rates with the best of these.
 
-    All that with the first seed; the others get the best pair.
+    All that with the first seed; the others get what was best.
     """
 
-    def tried(rate: float, outer_rate: float) -> Outcome:
-        return run(name, method, replace(plan, seed=seeds[0], rate=rate, outer_rate=outer_rate), corpus)
+    def each(plans: Sequence[Plan]) -> list[tuple[Outcome, Plan]]:
+        with ThreadPoolExecutor(max(1, len(plans))) as threads:
+            found = threads.map(lambda plan: do(contest.name, contest.method, plan, corpus), plans)
+            return list(zip(found, plans, strict=True))
 
-    runs = [tried(rate, outer_rates[0]) for rate in rates]
-    rate = min(runs, key=lambda outcome: outcome.loss).rate
-    runs += [tried(rate, outer_rate) for outer_rate in outer_rates[1:]]
-    best = min(runs, key=lambda outcome: outcome.loss)
-    plans = [replace(plan, seed=seed, rate=best.rate, outer_rate=best.outer_rate) for seed in seeds[1:]]
-    return Sweep(tuple(runs), (best, *(run(name, method, each, corpus) for each in plans)))
+    def best_of(tried: Sequence[tuple[Outcome, Plan]]) -> Plan:
+        return min(tried, key=lambda pair: pair[0].loss)[1]
+
+    first = [replace(plan, seed=seeds[0], outer_rate=contest.outer_rates[0]) for plan in contest.plans]
+    tried = each([replace(plan, rate=rate) for plan in first for rate in contest.rates])
+    better = best_of(tried)
+    tried += each([replace(better, outer_rate=outer_rate) for outer_rate in contest.outer_rates[1:]])
+    plan = best_of(tried)
+    (best,) = (outcome for outcome, its_plan in tried if its_plan is plan)
+    others = each([replace(plan, seed=seed) for seed in seeds[1:]])
+    return Sweep(tuple(outcome for outcome, _ in tried), (best, *(outcome for outcome, _ in others)), plan)
+
+
+def sweeps(contests: Sequence[Contest], corpus: Corpus, seeds: Sequence[int], do: Runs) -> Iterator[Sweep]:
+    """All of them, side by side if runs are; each comes when it and those before it are over."""
+    with ThreadPoolExecutor(max(1, len(contests) if do is not run else 1)) as threads:
+        waiting: list[Future[Sweep]] = [threads.submit(sweep, each, corpus, seeds, do) for each in contests]
+        for future in waiting:
+            yield future.result()
 
 
 def rates_for(given: Sequence[str], known: Sequence[str]) -> Mapping[str, list[float]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +23,8 @@ from braniac.model.config import ModelConfig
 from braniac.model.errors import TrainingDiverged
 from braniac.model.sources import Corpus
 from outer import command
-from outer.compare import Outcome, rates_for, sweep
+from outer.budget import expected_traffic, within
+from outer.compare import Contest, Outcome, rates_for, sweep, sweeps, workers
 from outer.dense import DiLoCo
 from outer.swarm import Plan
 
@@ -58,7 +61,7 @@ def test_loss_and_bytes_of_every_method_are_printed_and_kept(
     assert len(report["methods"]) == 10 + 3
     for rival in loss_bytes.BEATEN:
         ours, theirs = report["methods"][f"braniac_at_{rival}"], report["methods"][rival]
-        assert ours["bytes_per_peer"] <= theirs["bytes_per_peer"]
+        assert ours["traffic_per_peer"] <= theirs["traffic_per_peer"]
     for name, figures in report["methods"].items():
         assert 0 < figures["loss"] < 6, name
         assert figures["bytes_per_peer"] > 0, name
@@ -66,7 +69,10 @@ def test_loss_and_bytes_of_every_method_are_printed_and_kept(
     with (folder / "loss_bytes.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert float(rows["diloco"]["loss"]) == pytest.approx(report["methods"]["diloco"]["loss"], abs=1e-5)
-    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 9 + 4 * 2
+    with (folder / "sweep.csv").open() as file:
+        tried = Counter(row["method"] for row in csv.DictReader(file))
+    assert tried["diloco"] == 1
+    assert tried["braniac"] == 2  # outer rates
     with (folder / "loss_bytes_course.csv").open() as file:
         course = [row for row in csv.DictReader(file) if row["method"] == "diloco"]
     assert [int(row["step"]) for row in course] == [2, 4]
@@ -172,15 +178,39 @@ def test_a_diverged_run_with_drops_has_no_figure(
 
 
 def test_judging_looks_at_losses_and_bytes() -> None:
-    good = {"loss": 1.0, "bytes_per_peer": 10}
-    dense, equal = {"loss": 1.0, "bytes_per_peer": 1500}, {"loss": 1.1, "bytes_per_peer": 10}
+    good = {"loss": 1.0, "traffic_per_peer": 10}
+    dense, equal = {"loss": 1.0, "traffic_per_peer": 1500}, {"loss": 1.1, "traffic_per_peer": 10}
     assert loss_bytes.missed({"braniac": good, "diloco": dense, "demo": equal, "braniac_at_demo": good}) == []
     assert loss_bytes.missed({"diloco": dense}) == []
     assert loss_bytes.missed({"braniac": good, "diloco": {**dense, "loss": 0.98}}) == ["loss of diloco"]
-    assert loss_bytes.missed({"braniac": good, "diloco": {**dense, "bytes_per_peer": 1499}}) == ["bytes of diloco"]
-    assert loss_bytes.missed({"braniac_at_demo": {**good, "bytes_per_peer": 11}, "demo": equal}) == ["bytes of demo"]
+    assert loss_bytes.missed({"braniac": good, "diloco": {**dense, "traffic_per_peer": 1499}}) == ["bytes of diloco"]
+    assert loss_bytes.missed({"braniac_at_demo": {**good, "traffic_per_peer": 11}, "demo": equal}) == ["bytes of demo"]
     assert loss_bytes.missed({"braniac_at_demo": {**good, "loss": 1.2}, "demo": equal}) == ["loss of demo"]
     assert loss_bytes.missed({"braniac": good, "demo": {"diverged": True}}) == ["demo diverged"]
+
+
+def test_other_processes_find_the_same() -> None:
+    tokens = np.arange(400, dtype=np.uint8)
+    corpus = Corpus("numbers", (tokens,), (tokens,))
+    contests = [Contest(rates, DiLoCo, [PLAN], [1, 2], [1, 0.5]) for rates in ("a", "b")]
+    with workers(1) as here, workers(2) as there:
+        one, other = (list(sweeps(contests, corpus, range(2), do)) for do in (here, there))
+    for mine, theirs in zip(one, other, strict=True):
+        for outcome, same in zip(mine.tried + mine.best, theirs.tried + theirs.best, strict=True):
+            assert dataclasses.replace(outcome, cpu_s=0) == dataclasses.replace(same, cpu_s=0)
+
+
+def test_plans_fill_the_traffic_that_a_rival_takes() -> None:
+    plan = replace(PLAN, windows=60, steps=10, tiers=(0,) * 8)
+    usual = expected_traffic(plan)
+    for budget in (usual / 4, usual, 20 * usual):
+        plans = within(plan, budget)
+        for each in plans:
+            assert each.total_steps == plan.total_steps
+            assert 0.7 * budget < expected_traffic(each) < budget
+        windows = [each.windows for each in plans]
+        assert windows == sorted(set(windows), reverse=True), "the more values, the fewer windows"
+    assert within(plan, usual / 10_000) == []
 
 
 def test_rates_for_one_method_count_more_than_those_for_all() -> None:
@@ -213,11 +243,11 @@ class Flaky(DiLoCo):
 def test_a_sweep_takes_the_best_rates_to_the_other_seeds() -> None:
     tokens = np.zeros(400, np.uint8)
     corpus = Corpus("zeros", (tokens,), (tokens,))
-    found = sweep("fake", Fake, PLAN, corpus, range(3), [1, 2, 8], [4, 3])
+    found = sweep(Contest("fake", Fake, [PLAN], [1, 2, 8], [4, 3]), corpus, range(3))
     assert [(o.rate, o.outer_rate) for o in found.tried] == [(1, 4), (2, 4), (8, 4), (2, 3)]
     assert {(o.rate, o.outer_rate) for o in found.best} == {(2, 3)}
     assert found.summary()["loss_by_seed"] == [0.0, 0.1, 0.2]
-    hopeless: Any = sweep("fake", Fake, replace(PLAN), corpus, range(1), [8], [1]).summary()
+    hopeless: Any = sweep(Contest("fake", Fake, [PLAN], [8], [1]), corpus, range(1)).summary()
     assert "loss" not in hopeless
     assert hopeless["diverged"]
     assert all(isinstance(outcome, Outcome) for outcome in found.tried)
