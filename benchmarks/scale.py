@@ -11,6 +11,7 @@ no time, merging a little. Updates go down the protocol's tree.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -29,6 +30,8 @@ _SETTLING_SLOTS = 3  # at both ends: peers get acquainted, and certificates may 
 def measure(peers: int, slots: int, churn_per_h: float, pace: float, seed: int) -> dict[str, Any]:
     """One swarm of `peers`."""
     started_s = time.process_time()
+    gc.collect()
+    gc.disable()  # what thousands of peers know of each other is no garbage, and looking at all of it takes minutes
     manifest, sizes = make_run()
     swarm = Swarm(manifest, sizes, peers, churn_per_h=churn_per_h, pace=pace, seed=seed)
     swarm.run(slots, _SETTLING_SLOTS)

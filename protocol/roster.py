@@ -16,7 +16,7 @@ from braniac.protocol.identity import PeerId
 from braniac.protocol.messages import CertificateName, Equivocation, FragmentState, Heartbeat, Presence
 
 
-@dataclass
+@dataclass(slots=True)
 class ReplayWindow:
     """Which sequence numbers of one sender were seen (as in RFC 6479, with one Python integer as the bitmap)."""
 
@@ -50,7 +50,7 @@ def _follows(presence: Presence, last: Presence) -> bool:
     return later and presence.sequence > last.sequence
 
 
-@dataclass
+@dataclass(slots=True)
 class Member:
     """One peer, from its latest heartbeat."""
 
@@ -113,6 +113,8 @@ class Roster:
 
     def __init__(self) -> None:
         self._members: dict[PeerId, Member] = {}
+        self._greeters: set[PeerId] = set()
+        """Whose heartbeats came here lately: in a large swarm few of all."""
         self._replay: dict[PeerId, ReplayWindow] = {}
         self.banned: dict[PeerId, Equivocation] = {}
         """Peers that are never listened to again in this run, with the proof against each."""
@@ -177,6 +179,7 @@ class Roster:
         if known is not None:
             member.heard_slot = max(member.heard_slot, known.heard_slot)
         self._members[peer] = member
+        self._greeters.add(peer)
         return member, returned
 
     def hear_of(self, presence: Presence, slot: int) -> tuple[Member | None, bool]:
@@ -266,20 +269,23 @@ class Roster:
 
     def speaking(self, slot: int) -> list[Member]:
         """Those whose heartbeats come here: all live ones, or in a large swarm neighbours."""
-        return [member for member in self if member.speaking(slot)]
+        heard = (self._members.get(peer) for peer in sorted(self._greeters))
+        return [member for member in heard if member is not None and member.speaking(slot)]
 
     def eligible(self, slot: int) -> list[Member]:
         return [member for member in self if member.eligible(slot)]
 
     def standing(self, slot: int) -> list[Member]:
-        return [member for member in self if member.stands(slot)]
+        edge = slot - limits.ROSTER_LIVE_SLOTS - 1  # who was not heard of since then did not tell all either
+        return [member for member in self if member.heard_slot >= edge and member.stands(slot)]
 
     def lapsed(self, slot: int) -> list[Member]:
         """Members that fell silent just now: live one slot ago, not live any more."""
         return [member for member in self if not member.gone and member.live(slot - 1) and not member.live(slot)]
 
     def forget(self, slot: int) -> None:
-        """Drop members that were silent for very long."""
+        """Drop members that were silent for very long, and do not listen for those that greet no more."""
+        self._greeters = {member.peer for member in self.speaking(slot)}
         for member in list(self):
             if member.heard_slot < slot - limits.ROSTER_FORGET_SLOTS:
                 del self._members[member.peer]

@@ -114,6 +114,7 @@ class Standing:
         rivals |= {p for p in signers if p in banned and abs(slot - banned[p].slot) <= self._manifest.window}
         if self._me in signers or dialable(self.unreachable_slot, slot):
             rivals.add(self._me)
-        ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(self._candidates(slot)))
-        enough_seats = len(verdict.committee) >= len(self.committee(slot))
+        candidates = self._candidates(slot)
+        ranked = seats.ranking(self._manifest.run_id, slot, rivals.union(candidates))
+        enough_seats = len(verdict.committee) >= min(len(candidates), limits.COMMITTEE_SIZE)
         return enough_seats and signers <= set(ranked[: limits.CERTIFICATE_RANK_MAX])

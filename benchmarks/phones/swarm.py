@@ -9,7 +9,7 @@ from collections.abc import Callable
 from unittest import mock
 
 from braniac.node.pacing import paced_bytes_per_slot
-from braniac.protocol import limits, statements, wire
+from braniac.protocol import committee, limits, statements, tree, wire
 from braniac.protocol import messages_pb2 as pb
 from braniac.protocol.history import History
 from braniac.protocol.identity import PeerId
@@ -41,8 +41,12 @@ class Swarm:
         self.names: Counter[str] = Counter()
         """Messages by kind."""
         self.departures = 0
+        # What thousands of peers check alike is checked once: it depends on nothing but its bytes.
         self._presence_in = _shared(statements.presence_in)
-        self._open = functools.lru_cache(maxsize=1 << 16)(wire.open_envelope)  # many receive the same bytes
+        self._open, self._verify, self._score = (
+            functools.lru_cache(maxsize=1 << 16)(check)
+            for check in (wire.open_envelope, statements.verify, committee.score)
+        )
         self._lifetime_s = 3600 / churn_per_h / peers if churn_per_h else float("inf")
         self.phones: list[Phone] = []
         self.by_id: dict[PeerId, Phone] = {}
@@ -60,6 +64,7 @@ class Swarm:
     def _acquaint(self) -> None:
         """Everybody has heard everybody: in a large swarm each at another time."""
         slot = self.manifest.slot_at(self.time.now)
+        self._ready_slot = slot - self.manifest.window
         for phone in self.phones:
             for fragment, last in phone.engine.history.last.items():
                 phone.engine.anchor_known(FragmentState(fragment, last, bytes([fragment % 256]) * 32))
@@ -67,20 +72,19 @@ class Swarm:
             states = tuple(self.phones[0].engine.anchors().values())
             recent = self.phones[0].engine.history.recent(slot)
             for phone in self.phones:
-                ready_slot = slot - self.manifest.window
-                heartbeat = Heartbeat(slot, 0, ready_slot, phone.engine.addresses, recent, states)
+                heartbeat = Heartbeat(slot, 0, self._ready_slot, phone.engine.addresses, recent, states)
                 for other in self._others(phone):
                     other.engine.roster.hear(phone.id, heartbeat, slot, 0)
         else:
             for phone in self.phones:
                 presence = self._presence(phone, slot - self.rng.randrange(limits.PRESENCE_SLOTS // 2))
                 phone.engine._standing.said = presence
-                greeting = Heartbeat(slot, 0, presence.ready_slot, presence.addresses, every=presence.every)
                 for other in self._others(phone):
-                    other.engine.roster.hear_of(presence, slot)
-                    other.engine.roster.hear(phone.id, greeting, slot, presence.sequence + 1)
+                    member, _ = other.engine.roster.hear_of(presence, slot)
+                    assert member is not None
+                    member.greeted_slot = slot - limits.ROSTER_LIVE_SLOTS - 1  # nobody is new to anybody
         for phone in self.phones:
-            phone.engine._standing.ready_slot = slot - self.manifest.window
+            phone.engine._standing.ready_slot = self._ready_slot
             phone.ready_s = self.time.now
             self.time.later(self.rng.uniform(0, self.manifest.slot_s / 4), phone.pump)
 
@@ -94,7 +98,7 @@ class Swarm:
             1 << 32,
             slot=slot,
             tier=0,
-            ready_slot=slot - self.manifest.window,
+            ready_slot=self._ready_slot,
             unreachable_slot=0,
             every=limits.PRESENCE_SLOTS,
             gone=False,
@@ -108,6 +112,9 @@ class Swarm:
         with (
             mock.patch.object(wire, "open_envelope", self._open),
             mock.patch.object(statements, "presence_in", self._presence_in),
+            mock.patch.object(statements, "verify", self._verify),
+            mock.patch.object(committee, "score", self._score),
+            mock.patch.object(tree, "score", self._score),
         ):
             self.time.run_until(self.manifest.slot_start(self.first_slot + settling_slots))
             for phone in self.phones:
@@ -158,7 +165,6 @@ class Swarm:
 def _shared(
     presence_in: Callable[[pb.SignedPresence, bytes], Presence],
 ) -> Callable[[pb.SignedPresence, bytes], Presence]:
-    """What thousands of peers verify is verified once: it depends on nothing but its bytes."""
     known: dict[bytes, Presence] = {}
 
     def look_up(signed: pb.SignedPresence, run_id: bytes) -> Presence:
