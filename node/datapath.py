@@ -267,7 +267,7 @@ class DataPath:
         if last < first:
             return  # the run has not begun
         try:
-            noted = await asyncio.to_thread(self._node.store.note_signing, first, last)
+            noted = await asyncio.to_thread(self._node.store.marks.note_signing, first, last)
         except DiskFull as error:
             self._status.trouble("disk", str(error))
             return

@@ -123,7 +123,7 @@ async def _incarnation(node: Equipment, saved: Saved | None) -> int:
     waiting = False
     while True:
         try:
-            return await asyncio.to_thread(node.store.count_start, least)
+            return await asyncio.to_thread(node.store.marks.count_start, least)
         except DiskFull as error:
             if not waiting:
                 log.warning("waiting for space on the disk", reason=str(error))
@@ -237,7 +237,7 @@ async def equip(
         incarnation=membership.incarnation,
         now=node.swarm_clock.now(),
         history=history,
-        signed=node.store.signed(),
+        signed=node.store.marks.signed(),
     )
     for state in replica.anchors.values():
         engine.anchor_known(state)

@@ -3,8 +3,7 @@
     <root>/lock                              held by the running daemon
     <root>/blobs/<2 hex>/<64 hex>            anchors, weights, optimizer state, pending payloads
     <root>/generations/<12 digits>.json      the manifests, see generation.py
-    <root>/starts                            the number of the last start, see `count_start`
-    <root>/signed                            the slots that may have been signed for, see `note_signing`
+    <root>/starts, <root>/signed             of the node and not of a generation, see marks.py
 
 Blobs are durable before the manifest that names them is written, and one rename makes the manifest appear, so at every
 instant the newest readable manifest is a whole generation: a crash leaves the old one or the new one, never a mix.
@@ -29,17 +28,11 @@ from braniac.node.errors import ConfigError, ResourceError, StateError
 from braniac.node.files import Files, ReadOnlyFiles, make_directory, remove_others, write_whole
 from braniac.node.generation import JSON, Generation, decode_manifest, encode_manifest
 from braniac.node.lock import DirectoryLock
-from braniac.protocol.spans import Spans
+from braniac.node.marks import Marks
 
 _DIGEST_BYTES = 32
 _MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
-_STARTS_MAX = (1 << 32) - 1
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-
-
-def _sealed(text: str) -> bytes:
-    """A line and its hash: one digit that rots could keep a node silent for years."""
-    return f"{text} {hashlib.sha256(text.encode()).hexdigest()}".encode()
 
 
 class DiskFull(ResourceError):
@@ -65,6 +58,7 @@ class Store:
         self._files = files
         self._lock = lock
         self._writing = threading.RLock()
+        self.marks = Marks(root, files, self._guarded)
         self._blobs = root / "blobs"
         self._generations = root / "generations"
         self._number = 0  # of the newest manifest, readable or not: numbers only grow
@@ -110,43 +104,6 @@ class Store:
         """Let another process have the directory. Harmless when repeated."""
         if self._lock is not None:
             self._lock.release()
-
-    def count_start(self, least: int) -> int:
-        """The number of this start: above those of all earlier ones here, and at least `least`.
-
-        It is durable when this returns, however soon the process ends. Raises DiskFull.
-        """
-        before = int(self._line_in("starts") or 0)  # none yet, or damaged: then `least` has to do
-        number = max(least, before + 1 if before < _STARTS_MAX else 0)
-        self._write_line("starts", str(number))
-        return number
-
-    def note_signing(self, first: int, last: int) -> Spans:
-        """Make it durable that there may be signatures for these slots too; all such slots. Raises DiskFull."""
-        with self._writing:
-            signed = self.signed().adding(first, last)
-            self._write_line("signed", signed.to_text())
-        return signed
-
-    def signed(self) -> Spans:
-        """The slots for which there may be signatures."""
-        try:
-            return Spans.from_text(self._line_in("signed") or "")
-        except ValueError:
-            return Spans()
-
-    def _line_in(self, name: str) -> str | None:
-        """The line in a small file; None if there is none, or if it is damaged."""
-        try:
-            data = (self.root / name).read_bytes()
-            line = data.rpartition(b" ")[0].decode("ascii")
-        except (OSError, ValueError):
-            return None
-        return line if data == _sealed(line) else None
-
-    def _write_line(self, name: str, line: str) -> None:
-        with self._writing, self._disk_errors():
-            write_whole(self._files, self.root / name, memoryview(_sealed(line)), keep=True)
 
     def put(self, data: bytes | memoryview) -> bytes:
         """Store `data` durably and return its SHA-256 (32 bytes); free if it is here already. Raises DiskFull."""
@@ -237,7 +194,7 @@ class Store:
         Kept are the newest `keep` generations that have all their blobs, those blobs, and `keep_also`. A blob that was
         put for a commit yet to come must be in `keep_also`. Raises DiskFull.
         """
-        with self._writing, self._disk_errors():
+        with self._guarded():
             kept = self._complete()
             if not kept:
                 return 0  # nothing here is known to be whole, so nothing here is known to be useless
@@ -290,6 +247,11 @@ class Store:
             if error.errno != errno.EIO:
                 raise
             raise self._damaged(digest) from error
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        with self._writing, self._disk_errors():
+            yield
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from braniac.node import datapath, store
+from braniac.node import datapath, marks, store
 from braniac.node.clock import SwarmClock
 from braniac.node.datapath import DataPath
 from braniac.node.replica import Replica
@@ -64,6 +64,7 @@ def skip_syncs(patch: Patch) -> None:
         files.rename(temporary, path)
 
     patch.setattr(store, "write_whole", write)
+    patch.setattr(marks, "write_whole", write)
 
 
 def offer_before_saving(patch: Patch) -> None:
@@ -112,7 +113,7 @@ def sign_without_merging(patch: Patch) -> None:
 
 def count_no_starts(patch: Patch) -> None:
     """A start that saves nothing leaves no trace, and the wall clock may be set back."""
-    patch.setattr(store.Store, "count_start", lambda self, least: least)
+    patch.setattr(marks.Marks, "count_start", lambda self, least: least)
 
 
 def count_no_refusals(patch: Patch) -> None:

@@ -19,6 +19,7 @@ from braniac.node.clock import FakeClock, SwarmClock
 from braniac.node.config import DataSection, NetworkSection, NodeConfig, RunSection, StateSection, TrainSection
 from braniac.node.errors import ConfigError, Incompatible, NodeError
 from braniac.node.exchange import Exchange
+from braniac.node.marks import Marks
 from braniac.node.metrics import Metrics
 from braniac.node.network import Network
 from braniac.node.p2pd import P2pdOptions
@@ -135,14 +136,14 @@ async def test_slots_and_incarnations_never_go_back(starter: Starter) -> None:
 async def test_a_start_that_cannot_be_counted_waits(starter: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sequence numbers might repeat those of an earlier one that could not be counted either."""
     full = [True, True, False]
-    count_start = Store.count_start
+    count_start = Marks.count_start
 
-    def count(self: Store, least: int) -> int:
+    def count(self: Marks, least: int) -> int:
         if full.pop(0):
             raise DiskFull("no space left")
         return count_start(self, least)
 
-    monkeypatch.setattr(Store, "count_start", count)
+    monkeypatch.setattr(Marks, "count_start", count)
     monkeypatch.setattr(startup, "_DISK_RETRY_S", 0.0)
     write_run(starter.root / "n0", 1000, epoch_s=EPOCH_S)
     with capture_logs() as logs:

@@ -168,54 +168,54 @@ def test_the_number_of_a_start_only_grows(tmp_path: Path) -> None:
     """Whatever the clock says that gives the least, and though nothing else was ever saved."""
     for least, number in ((100, 100), (90, 101), (90, 102), (200, 200)):
         with opened(tmp_path) as store:
-            assert store.count_start(least) == number
+            assert store.marks.count_start(least) == number
     for damage in (b"", b"many", b"\xff", b"9" * 30, b"9" * 5000, b"9 " + b"0" * 64):
         (tmp_path / "starts").write_bytes(damage)
         with opened(tmp_path) as store:
-            assert store.count_start(300) == 300
+            assert store.marks.count_start(300) == 300
 
 
 @pytest.mark.parametrize("mode", ["kill", "power", "reorder"])
 def test_the_number_of_a_start_survives_a_crash(tmp_path: Path, mode: str) -> None:
     files = CrashingFiles(0, mode)
     with opened(tmp_path, files=files) as store:
-        counted = store.count_start(5)
+        counted = store.marks.count_start(5)
     with contextlib.suppress(PowerCut):
         files.crash()
     with opened(tmp_path) as store:
-        assert store.count_start(5) == counted + 1
+        assert store.marks.count_start(5) == counted + 1
 
 
 def test_what_may_be_signed_is_remembered(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        assert store.signed() == Spans()
-        store.note_signing(5, 7)
-        assert store.note_signing(2647, 2650) == Spans(((5, 7), (2647, 2650)))
-        store.note_signing(4, 8)
+        assert store.marks.signed() == Spans()
+        store.marks.note_signing(5, 7)
+        assert store.marks.note_signing(2647, 2650) == Spans(((5, 7), (2647, 2650)))
+        store.marks.note_signing(4, 8)
     with opened(tmp_path) as store:
-        assert store.signed() == Spans(((4, 8), (2647, 2650)))
+        assert store.marks.signed() == Spans(((4, 8), (2647, 2650)))
     data = bytearray((tmp_path / "signed").read_bytes())
     data[0] += 1
     (tmp_path / "signed").write_bytes(data)
     with opened(tmp_path) as store:
-        assert store.signed() == Spans()
+        assert store.marks.signed() == Spans()
 
 
 def test_one_number_as_it_was_once_stored_stands_for_all_slots_up_to_it(tmp_path: Path) -> None:
     (tmp_path / "signed").write_bytes(b"7 " + hashlib.sha256(b"7").hexdigest().encode())
     with opened(tmp_path) as store:
-        assert store.signed() == Spans(((0, 7),))
+        assert store.marks.signed() == Spans(((0, 7),))
 
 
 @pytest.mark.parametrize("mode", ["kill", "power", "reorder"])
 def test_what_may_be_signed_survives_a_crash(tmp_path: Path, mode: str) -> None:
     files = CrashingFiles(0, mode)
     with opened(tmp_path, files=files) as store:
-        store.note_signing(5, 7)
+        store.marks.note_signing(5, 7)
     with contextlib.suppress(PowerCut):
         files.crash()
     with opened(tmp_path) as store:
-        assert store.signed() == Spans(((5, 7),))
+        assert store.marks.signed() == Spans(((5, 7),))
 
 
 # Blobs
@@ -363,18 +363,18 @@ def test_a_full_disk_takes_no_number_away(tmp_path: Path, code: int) -> None:
     """A start that was forgotten would repeat sequence numbers, and a forgotten seat might be used twice."""
     files = FullFiles(0, code)
     with opened(tmp_path, files=files) as store:
-        started = store.count_start(5)
-        store.note_signing(5, 7)
+        started = store.marks.count_start(5)
+        store.marks.note_signing(5, 7)
         for at in range(1, 6):  # create, write, sync, rename, sync
             files.at = at
             with pytest.raises(DiskFull):
-                store.count_start(5)
+                store.marks.count_start(5)
             files.at = at
             with pytest.raises(DiskFull):
-                store.note_signing(6, 8)
-        assert store.signed().last in (7, 8)
+                store.marks.note_signing(6, 8)
+        assert store.marks.signed().last in (7, 8)
         files.at = 0
-        assert store.count_start(5) > started
+        assert store.marks.count_start(5) > started
     assert not list(tmp_path.rglob("*.tmp"))
 
 
