@@ -101,8 +101,12 @@ def against(folder: Folder, ours: str, theirs: str) -> str | None:
         return None
     mine, other = methods[(ours,)], methods[(theirs,)]
     over = 100 * (mean(mine, "loss") / mean(other, "loss") - 1)
-    ratio = mean(other, "bytes_per_peer") / mean(mine, "bytes_per_peer")
-    return f"loss {over:+.1f}% against {theirs}, with 1/{ratio:.3g} of its bytes"
+    ratio = _traffic(other) / _traffic(mine)
+    return f"loss {over:+.1f}% against {theirs}, with 1/{ratio:.3g} of its bytes, sent and received"
+
+
+def _traffic(rows: list[dict[str, str]]) -> float:
+    return mean(rows, "bytes_per_peer") + mean(rows, "downlink_bytes_per_peer")
 
 
 def rise(folder: Folder, percent: int) -> str | None:
@@ -147,12 +151,15 @@ CLAIMS = (
     ),
     *(
         Claim(
-            f"The same, with the bytes of {rival}",
+            f"The same, with {part} of {rival}",
             "loss_bytes.py",
             "loss_bytes",
             functools.partial(against, ours=f"braniac_at_{rival}", theirs=rival),
         )
-        for rival in ("demo", "distro", "sparseloco")
+        for rival, part in (
+            ("diloco", "a 150th of the bytes"),
+            *((other, "the bytes") for other in ("demo", "distro", "sparseloco")),
+        )
     ),
     Claim("Any peer may vanish at any moment, and the others go on", "round.py", "round_kills", killed),
     Claim(

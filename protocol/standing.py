@@ -108,7 +108,7 @@ class Standing:
         slot = verdict.slot
         edge = slot - 2 * limits.ROSTER_LIVE_SLOTS
         # A signer may have lapsed or begun to leave since: it is only outranked by those who could have had its seat.
-        rivals = {m.peer for m in self._roster if m.peer in signers and m.heard_slot >= edge}
+        rivals = {p for p in signers if (m := self._roster.get(p)) is not None and m.heard_slot >= edge}
         # Nor does a ban undo what was decided about then: some have taken a certificate that others have yet to get.
         banned = self._roster.banned
         rivals |= {p for p in signers if p in banned and abs(slot - banned[p].slot) <= self._manifest.window}
