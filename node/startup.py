@@ -158,6 +158,8 @@ async def _resume_time(node: Equipment, saved: Saved) -> None:
     """
     by_wall_s = saved.swarm_time_s if saved.peers else node.clock.wall() + saved.clock_offset_s
     node.swarm_clock.set(max(by_wall_s, saved.swarm_time_s))
+    for peer, addresses in saved.peers.items():
+        node.network.remember(peer, addresses)  # or a life in which nobody answers would forget that there are others
     known = [address for addresses in saved.peers.values() for address in addresses]
     await joiner.ask_the_time(node.network, node.exchange, [*node.network.bootstrap, *known], saved.manifest)
     moved_s = node.swarm_clock.step()

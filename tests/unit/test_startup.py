@@ -28,7 +28,7 @@ from braniac.node.store import DiskFull, Store
 from braniac.node.text import run_tokenizer
 from braniac.node.transport_memory import MemoryNetwork, MemoryTransport
 from braniac.protocol import messages_pb2 as pb
-from braniac.protocol.identity import Identity, PeerId
+from braniac.protocol.identity import Identity, PeerId, peer_id_text
 from braniac.protocol.manifest import Manifest, sign_manifest
 from tests.unit.node_harness import CONFIG, EPOCH_S, TEXT, identity, make_manifest, write_run
 from tests.unit.texts import write_shard, write_tokenizer
@@ -119,6 +119,24 @@ async def test_what_is_on_disk_is_taken_up_again(starter: Starter) -> None:
         assert all(torch.equal(tensors[name], before[0][name]) for name in before[0])
         assert replica.trainer.progress.steps == 3
         assert replica.missed == {2: 3}
+
+
+async def test_a_life_in_which_nobody_answers_does_not_forget_the_others(starter: Starter) -> None:
+    """Its generations would say that it knows nobody, and the next life would believe a wall clock that is wrong."""
+    write_run(starter.root / "n0", 1000, epoch_s=EPOCH_S)
+    others = {identity(1).peer_id: (f"/ip4/203.0.113.7/tcp/4001/p2p/{peer_id_text(identity(1).peer_id)}",)}
+    for life in range(3):
+        node = starter.equipment()
+        await node.network.start(node.exchange.answer)
+        membership = await join_run(node)
+        assert node.swarm_clock.now() < EPOCH_S + 200
+        if life:
+            assert node.network.known_peers() == others
+        async with equip(node, membership) as (replica, engine):
+            offset = node.swarm_clock.now() - starter.clock.wall()
+            peers = node.network.known_peers() or others
+            await replica.commit(engine, membership.incarnation, (offset, node.swarm_clock.now()), peers, None)
+        starter.clock.set_wall(EPOCH_S + 3600 * (1 + life))
 
 
 async def test_slots_and_incarnations_never_go_back(starter: Starter) -> None:
