@@ -19,7 +19,7 @@ MARGIN = 0.97
 """Of a budget is planned with: what peers really send is not independent noise, and takes a little more or less."""
 
 
-LEAST_VALUES = (16, 64)
+LEAST_VALUES = (64, 256)
 """Per tile in a contribution: many small windows, or fewer with more. Which learns better depends on the length."""
 
 
