@@ -27,18 +27,23 @@ def within(plan: Plan, traffic: float) -> list[Plan]:
     """The plan changed so that it fills the links of a peer, both ways, as far as so much in a whole run does.
 
     One plan for each of LEAST_VALUES: windows of as few steps as leave room for so many values, and as many values as
-    fit then. A merged update keeps its multiple of the values of a contribution. None if a single window is too much.
+    fit then; if not even one window has that room, one window. A merged update keeps its multiple of the values of a
+    contribution. None if a single value per tile is too much.
     """
     budget = MARGIN * traffic
-    lengths = [steps for steps in range(1, plan.total_steps + 1) if plan.total_steps % steps == 0]
+    cuts = [_cut(plan, steps) for steps in range(1, plan.total_steps + 1) if plan.total_steps % steps == 0]
     found: dict[int, Plan] = {}
     for least in LEAST_VALUES:
-        cut = (replace(plan, windows=plan.total_steps // steps, steps=steps) for steps in lengths)
-        base = next((each for each in cut if expected_traffic(plan_with(each, least)) <= budget), None)
-        if base is not None:
-            plans = [plan_with(base, per_tile) for per_tile in range(least, TILE + 1)]
-            found[base.windows] = plans[bisect.bisect_right(plans, budget, key=expected_traffic) - 1]
+        base = next((cut for cut in cuts if expected_traffic(plan_with(cut, least)) <= budget), cuts[-1])
+        plans = [plan_with(base, per_tile) for per_tile in range(1, TILE + 1)]
+        if fitting := bisect.bisect_right(plans, budget, key=expected_traffic):
+            found[base.windows] = plans[fitting - 1]
     return list(found.values())
+
+
+def _cut(plan: Plan, steps: int) -> Plan:
+    """As many steps in all, so many in a window."""
+    return replace(plan, windows=plan.total_steps // steps, steps=steps)
 
 
 def plan_with(plan: Plan, per_tile: int) -> Plan:
