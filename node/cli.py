@@ -96,11 +96,7 @@ def join(
       braniac-node join --config node.toml --set train.threads=2 --metrics-port 9464
       braniac-node join --web --set web.port=9470
     """
-    addresses = commands.split_addresses(peers)
-    if link is not None:
-        from braniac.node.join_link import with_link
-
-        run_id, addresses = with_link(link, run_id, addresses)
+    run_id, addresses = commands.whom_to_join(link, run_id, peers)
     settings = node_config(
         config,
         set_,

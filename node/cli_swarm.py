@@ -96,11 +96,7 @@ def observe(
       braniac-node observe --peers /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW... --metrics-port 9465
       braniac-node observe braniac://02e0e79f...@/ip4/192.0.2.7/tcp/4001/p2p/12D3KooW...
     """
-    addresses = commands.split_addresses(peers)
-    if link is not None:
-        from braniac.node.join_link import with_link
-
-        run_id, addresses = with_link(link, run_id, addresses)
+    run_id, addresses = commands.whom_to_join(link, run_id, peers)
     settings = node_config(
         config,
         set_,

@@ -21,6 +21,18 @@ def split_addresses(texts: Sequence[str] | None) -> list[str] | None:
     return [address for text in texts for address in re.split(r"[,\s]+", text) if address]
 
 
+def whom_to_join(
+    link: str | None, run_id: str | None, peers: Sequence[str] | None
+) -> tuple[str | None, list[str] | None]:
+    """Run id and addresses from a join link, `--run-id` and `--peers`. Raises ConfigError."""
+    addresses = split_addresses(peers)
+    if link is None:
+        return run_id, addresses
+    from braniac.node.join_link import with_link
+
+    return with_link(link, run_id, addresses)
+
+
 def parse_tiers(text: str) -> tuple[int, ...]:
     """Tiers written as "0,1,2,3". Raises ConfigError."""
     parts = [part.strip() for part in text.split(",")]

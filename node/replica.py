@@ -187,8 +187,13 @@ class Replica:
         anchor = bridge.anchor_from_bytes(data, cut.size)
         if int(abs(anchor.astype("i8")).max()) > limits.ANCHOR_MAX:
             raise WireError(Refusal.MALFORMED, "a downloaded anchor holds values out of range")
-        await self.trainer.call(functools.partial(_load, cut, bridge.to_weights(anchor)))
-        await self.trainer.call(lambda trainer: self.trainer.compare_anew())
+        weights = bridge.to_weights(anchor)
+
+        def load(trainer: Trainer) -> None:
+            trainer.load_fragment(cut, weights)
+            self.trainer.compare_anew()
+
+        await self.trainer.call(load)
         self.anchors[state.fragment] = state
         self.missed.pop(state.fragment, None)
         self.parts.pop(state.fragment, None)
