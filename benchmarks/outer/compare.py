@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -66,7 +67,7 @@ class Outcome:
 
 
 def run(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
-    """Train from the beginning, and take the loss now and then and at the end."""
+    """Train from the beginning, and take the loss now and then and at the end; a line on stderr says what came of it."""
     began_s = time.process_time()
     swarm = method(plan, corpus)
     course: list[Point] = []
@@ -84,7 +85,7 @@ def run(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
         loss = course[-1].loss
     except TrainingDiverged:
         loss = math.inf
-    return Outcome(
+    outcome = Outcome(
         method=name,
         seed=plan.seed,
         rate=plan.rate,
@@ -101,6 +102,9 @@ def run(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
         cpu_s=round(time.process_time() - began_s, 2),
         course=tuple(course),
     )
+    rates = f"rates {plan.rate:g}, {plan.outer_rate:g}"
+    sys.stderr.write(f"{name}, seed {plan.seed}, {rates}: {outcome.loss:.4f} after {outcome.cpu_s:.0f} s of a core\n")
+    return outcome
 
 
 Runs = Callable[[str, Method, Plan, Corpus], Outcome]
