@@ -67,7 +67,7 @@ class Outcome:
 
 
 def run(name: str, method: Method, plan: Plan, corpus: Corpus) -> Outcome:
-    """Train from the beginning, and take the loss now and then and at the end; a line on stderr says what came of it."""
+    """Train from the beginning, and take the loss now and then; a line on stderr says what came of it."""
     began_s = time.process_time()
     swarm = method(plan, corpus)
     course: list[Point] = []
