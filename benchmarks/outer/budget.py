@@ -59,12 +59,15 @@ def plan_with(plan: Plan, per_tile: int) -> Plan:
 def expected_traffic(plan: Plan) -> float:
     """What a peer of Braniac sends and receives in a whole run, in bytes, for values that are independent noise.
 
-    Each seat of a slot pulls the contributions of all others; updates go to those that have no seat. Each byte that is
-    sent is received by another peer.
+    So peers choose their places independently, and an update has no more values than places were chosen. Each seat of a
+    slot pulls the contributions of all others; updates go to those that have no seat. Each byte that is sent is
+    received by another peer.
     """
     layouts = [spec.layout for spec in bridge.fragment_specs(fragment_table(plan.config, plan.fragments))]
-    up, down = (sum(_noise_bytes(layout, rules) for layout in layouts) for rules in (plan.up, plan.down))
     peers = len(plan.tiers)
+    chosen = TILE * (1 - (1 - plan.up.per_tile / TILE) ** peers)
+    update = CodecRules(min(plan.down.per_tile, round(chosen)), plan.down.magnitude_bits)
+    up, down = (sum(_noise_bytes(layout, rules) for layout in layouts) for rules in (plan.up, update))
     seats = min(limits.COMMITTEE_SIZE, peers)
     return 2 * plan.windows * (seats * (peers - 1) * up + (peers - seats) * down) / peers
 
