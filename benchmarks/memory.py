@@ -192,7 +192,11 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     precision = options.precision or default_precision(config)
     # The whole tier in every step: a narrower one needs less.
     settings = TrainSettings(
-        batch=batch, precision=precision, objective=ObjectiveSettings(mode="fixed"), warmup_steps=0
+        batch=batch,
+        precision=precision,
+        objective=ObjectiveSettings(mode="fixed"),
+        warmup_steps=0,
+        kept_layers=options.kept_layers,
     )
     dice = np.random.default_rng(0)
     corpus = Corpus("noise", (dice.integers(0, config.vocab_size, 1 << 20).astype(np.uint16),), ())
@@ -255,6 +259,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "lean"), help="default: what a node takes for this model")
     parser.add_argument("--tokens", type=int, default=1024, help="per step")
     parser.add_argument("--context", type=int, default=0, help="tokens in a window; default: the preset's")
+    parser.add_argument("--kept-layers", type=int, help="default: what a node takes for this precision")
     parser.add_argument("--fragments", type=int, default=0, help="default: the preset's")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--limit-gib", type=float, default=0.0, help="run in a memory cgroup of this size")

@@ -5,10 +5,12 @@ the whole width on the same tokens, by turns, one thread pool for both; between 
 FFN shape. Medians count. `mfu` is the share of the best product's speed that our step reaches, counting 6 FLOPs per
 token and parameter that is multiplied, and attention; neither recomputation nor the optimizer, whose time it includes.
 `forward_backward_mfu` leaves out the optimizer's time. `sampled_tokens_s` is our speed with the objective nodes have by
-default, a quarter of whose steps train a narrower tier. The JSON object is the last line on stdout.
+default, a quarter of whose steps train a narrower tier. With `--kept-layers` there is another trainer of ours, whose
+figures begin with `kept_`: it keeps what so many layers compute instead of computing it twice. The JSON object is the
+last line on stdout.
 
     python benchmarks/throughput.py --preset small --json
-    python benchmarks/throughput.py --preset nano-1b --layers 4 --batch 1 --skip-plain --json
+    python benchmarks/throughput.py --preset nano-1b --layers 4 --kept-layers 4 --batch 1 --skip-plain --json
 """
 
 from __future__ import annotations
@@ -67,9 +69,12 @@ class PlainLoop:
         self.step_count += 1
 
 
-def trainer_of(config: ModelConfig, batches: Batches, mode: Mode) -> Trainer:
+def trainer_of(config: ModelConfig, batches: Batches, mode: Mode, kept_layers: int | None = None) -> Trainer:
     settings = TrainSettings(
-        batch=batches.batch_size, precision=default_precision(config), objective=ObjectiveSettings(mode=mode)
+        batch=batches.batch_size,
+        precision=default_precision(config),
+        objective=ObjectiveSettings(mode=mode),
+        kept_layers=kept_layers,
     )
     return Trainer(config, 0, batches, settings)
 
@@ -81,25 +86,28 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     noise = np.random.default_rng(0).integers(0, config.vocab_size, 1 << 20).astype(np.uint16)
     batches = Batches(Corpus("noise", (noise,), ()), 0, b"", config.context, options.batch)
     trainers = {"ours": trainer_of(config, batches, "fixed")}
-    steps: dict[str, Callable[[], object]] = {"ours": trainers["ours"].step}
+    if options.kept_layers is not None:
+        trainers["kept"] = trainer_of(config, batches, "fixed", options.kept_layers)
+    precision = trainers["ours"].settings.precision
+    methods = LEAN_METHODS if precision == "lean" else ("step",)
+    optimizers = {name: Stopwatch(each.optimizer, methods, time.perf_counter) for name, each in trainers.items()}
     if not options.skip_sampled:
         trainers["sampled"] = trainer_of(config, batches, "sampled")
-        steps["sampled"] = trainers["sampled"].step
+    steps: dict[str, Callable[[], object]] = {name: each.step for name, each in trainers.items()}
     if not options.skip_plain:
         steps["plain"] = PlainLoop(config, batches).step
-    lean = trainers["ours"].settings.precision == "lean"
-    optimizer = Stopwatch(trainers["ours"].optimizer, LEAN_METHODS if lean else ("step",), time.perf_counter)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    optimizer_s, gflops = [], {name: [0.0] for name in ("float32", "bfloat16")}
+    optimizer_s: dict[str, list[float]] = {name: [] for name in optimizers}
+    gflops = {name: [0.0] for name in ("float32", "bfloat16")}
     for number in range(options.rounds + 1):  # the first round warms up
         for name, step in steps.items():
-            before_s = optimizer.seconds
+            before_s = optimizers[name].seconds if name in optimizers else 0.0
             spent_s = seconds_of(step)
             if number:
                 seconds[name].append(spent_s)
                 gflops["float32"].append(gemm_gflops(config, torch.float32))
-                if name == "ours":
-                    optimizer_s.append(optimizer.seconds - before_s)
+                if name in optimizers:
+                    optimizer_s[name].append(optimizers[name].seconds - before_s)
         gflops["bfloat16"].append(gemm_gflops(config, torch.bfloat16))
         if not options.json:
             print({name: round(spent[-1], 2) for name, spent in seconds.items() if spent}, flush=True)
@@ -108,17 +116,20 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     rate = {f"{name}_tokens_s": tokens / spent_s for name, spent_s in median.items()}
     work, peak = tokens * flops_per_token(config, 0, config.context) / 1e9, max(map(max, gflops.values()))
     result: dict[str, object] = dict(rate)
-    if "plain" in median:
-        turns = [plain / ours for plain, ours in zip(seconds["plain"], seconds["ours"], strict=True)]
-        result["ratio"] = statistics.median(turns)
+    for name, spent in optimizer_s.items():
+        key, optimizing_s = "" if name == "ours" else f"{name}_", statistics.median(spent)
+        if "plain" in median:
+            turns = [plain / ours for plain, ours in zip(seconds["plain"], seconds[name], strict=True)]
+            result[f"{key}ratio"] = statistics.median(turns)
+        result[f"{key}mfu"] = work / median[name] / peak
+        result[f"{key}forward_backward_mfu"] = work / (median[name] - optimizing_s) / peak
+        result[f"{key}optimizer_share"] = optimizing_s / median[name]
     return result | {
-        "mfu": work / median["ours"] / peak,
-        "forward_backward_mfu": work / (median["ours"] - statistics.median(optimizer_s)) / peak,
-        "optimizer_share": statistics.median(optimizer_s) / median["ours"],
         "gemm_gflops": {name: max(found) for name, found in gflops.items()},
         "preset": options.preset,
         "layers": config.num_hidden_layers,
-        "precision": trainers["ours"].settings.precision,
+        "kept_layers": options.kept_layers,
+        "precision": precision,
         "tokens_per_step": tokens,
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
@@ -130,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the preset has, to save time")
+    parser.add_argument("--kept-layers", type=int, help="also with so many layers kept for the backward pass")
     parser.add_argument("--batch", type=int, default=TrainSettings().batch, help="windows per step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

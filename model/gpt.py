@@ -124,8 +124,8 @@ class Decoder(nn.Module):
         self.register_buffer("sin_TK", angles_TK.sin(), persistent=False)
         self.cos_TK: Tensor
         self.sin_TK: Tensor
-        self.checkpoint_layers = False
-        """Keep only each layer's input for the backward pass, and compute the rest once more."""
+        self.recomputed_layers = 0
+        """Of so many first layers keep only the input for the backward pass, and compute the rest once more."""
 
     def forward(self, tokens_BT: Tensor, widths: Sequence[int], cache: KVCache | None) -> Tensor:
         """int64 [B, T] -> [B, T, D]"""
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         for layer, (block, width) in list(enumerate(zip(self.layers, widths, strict=True)))[first:]:
             x_BTD = self.entered(layer, x_BTD, inputs)
             arguments = (cos_TK, sin_TK, width, cache, self.extra(layer, sources))
-            if self.checkpoint_layers and torch.is_grad_enabled():
+            if layer < self.recomputed_layers and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, *arguments, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, *arguments)

@@ -3,6 +3,8 @@
 What makes it small (sizes for the whole `nano-1b` and 2048 tokens per step):
 * Of the forward pass only each layer's input is kept, in bfloat16 (8 MB). The backward pass is driven by hand, a layer
   at a time, and the optimizer steps happen inside it (lean_layer.py): gradients of two layers never coexist.
+* Where there is more memory, `kept_layers` trades 67 MB per layer for the time of computing that layer's forward pass
+  twice.
 * The head and its loss go by blocks of the vocabulary (lean_loss.py).
 * Weights are bfloat16 without a float32 copy, the optimizer keeps one byte per parameter of the matrices between
   embedding and head (lean_optim.py); stochastic rounding makes up for both (rounding.py).
@@ -27,7 +29,7 @@ from braniac.model import lean_layer, lean_loss
 from braniac.model.config import ModelConfig
 from braniac.model.errors import ConfigError, TrainingDiverged
 from braniac.model.gpt import GPT
-from braniac.model.lean_layer import LeanLayer, chunks, normalise, normalise_backward
+from braniac.model.lean_layer import Kept, LeanLayer, chunks, normalise, normalise_backward
 from braniac.model.lean_loss import ChunkedLoss
 from braniac.model.lean_optim import MULTIPLIED_AT_ONCE, LeanOptimizer
 from braniac.model.lean_sources import LookUps, SkipConnections
@@ -54,8 +56,11 @@ class LeanStep:
         optimizer: LeanOptimizer,
         compute: torch.dtype | None = None,
         stored: torch.dtype = torch.bfloat16,
+        kept_layers: int = 0,
     ) -> None:
         """`compute` is what matmuls are done in, the fastest type if not given; activations rest in `stored`.
+
+        Of so many last layers what the forward pass computed is kept for the backward pass.
 
         Raises ConfigError for a model whose head is its embedding.
         """
@@ -71,6 +76,7 @@ class LeanStep:
         self._stored = stored
         self._loss = ChunkedLoss(model.lm_head.weight.detach(), model.config.softcap, compute)
         numbers = range(model.config.num_hidden_layers)
+        self._kept_from = len(numbers) - kept_layers
         self._layers = [LeanLayer(number, model.model, optimizer, compute, stored) for number in numbers]
 
     @torch.no_grad()
@@ -84,9 +90,11 @@ class LeanStep:
         """
         norm, length, targets_N = self.model.model.norm, tokens_BT.shape[1], targets_BT.flatten()
         looked_up, skips = LookUps(self.optimizer, tokens_BT.flatten(), self._stored), SkipConnections(self.model.model)
-        # Per term, what came out of the embedding and of each layer.
-        kept = [self._forward(tokens_BT, term.widths, looked_up, skips) for term in terms]
-        ends = [inputs.pop() for inputs in kept]
+        # Per term, what came out of the embedding and of each layer, and what is kept of each layer.
+        passes = [self._forward(tokens_BT, term.widths, looked_up, skips) for term in terms]
+        outs, kept = [out for out, _ in passes], [of_layers for _, of_layers in passes]
+        del passes
+        ends = [out.pop() for out in outs]
         outputs = [normalise(norm, x_ND, self._stored) for x_ND in ends]
         losses, normalisers = self._loss.losses(outputs, targets_N)
         if not all(map(math.isfinite, losses)):
@@ -103,12 +111,13 @@ class LeanStep:
         del ends, backs
         for number in reversed(range(len(self._layers))):
             give_back_memory()
-            inputs, widths = [skips.entered(number, outs) for outs in kept], [term.widths[number] for term in terms]
-            backs = self._layers[number].backward(inputs, flows, length, widths, looked_up.extra(number))
+            inputs, widths = [skips.entered(number, out) for out in outs], [term.widths[number] for term in terms]
+            here = [of_layers.pop() for of_layers in kept]
+            backs = self._layers[number].backward(inputs, flows, length, widths, looked_up.extra(number), here)
             looked_up.take(number, backs)
-            skips.take(number, kept, flows)
-            for of_layers in kept:
-                of_layers.pop()
+            skips.take(number, outs, flows)
+            for out in outs:
+                out.pop()
             del inputs, backs
         self._move_embedding(looked_up, flows)
         self.optimizer.update_gains()
@@ -118,13 +127,15 @@ class LeanStep:
 
     def _forward(
         self, tokens_BT: Tensor, widths: Sequence[int], looked_up: LookUps, skips: SkipConnections
-    ) -> list[Tensor]:
-        """What comes out of the embedding and of each layer: [N, D] each."""
-        kept = [self.model.model.embed(tokens_BT).flatten(0, 1).to(self._stored)]
+    ) -> tuple[list[Tensor], list[Kept | None]]:
+        """What comes out of the embedding and of each layer: [N, D] each. And what is kept of each layer."""
+        outs, kept = [self.model.model.embed(tokens_BT).flatten(0, 1).to(self._stored)], []
         for number, (layer, width) in enumerate(zip(self._layers, widths, strict=True)):
-            x_ND = skips.entered(number, kept)
-            kept.append(layer.forward(x_ND, tokens_BT.shape[1], width, looked_up.extra(number)))
-        return kept
+            x_ND, keep = skips.entered(number, outs), number >= self._kept_from
+            out_ND, here = layer.forward(x_ND, tokens_BT.shape[1], width, looked_up.extra(number), keep)
+            outs.append(out_ND)
+            kept.append(here)
+        return outs, kept
 
     def _move_head(self, rows: slice, gradient_VD: Tensor) -> None:
         self.optimizer.update_rows(HEAD, rows, gradient_VD)
@@ -151,10 +162,10 @@ class LeanStep:
             )
 
 
-def lean_bytes_needed(config: ModelConfig, tier: int, tokens: int, terms: int) -> int:
+def lean_bytes_needed(config: ModelConfig, tier: int, tokens: int, terms: int, kept_layers: int = 0) -> int:
     """Estimate of what lean training of a tier adds to the process at its peak; a step has `tokens` and `terms` widths.
 
-    Weights, momentum and the inputs of all layers, and the largest of what is there for a while.
+    Weights, momentum, the inputs of all layers and what is kept of some, and the largest of what is there for a while.
     """
     shapes, d, width = parameter_shapes(config, tier), config.hidden_size, tier_width(config, tier)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -172,4 +183,6 @@ def lean_bytes_needed(config: ModelConfig, tier: int, tokens: int, terms: int) -
         at_once += keys * (2 * tokens + 4 * config.value_embeddings * min(tokens, config.vocab_size))
     if config.skip_connections:  # a layer's input, and what flows back to all mirror images
         at_once += 2 * flows * (1 + config.num_hidden_layers // 2)
-    return 2 * sum(sizes.values()) + momentum + momentum // 64 + 2 * config.num_hidden_layers * flows + at_once
+    kept = 2 * config.num_hidden_layers * flows
+    kept += 2 * kept_layers * terms * tokens * (d + queries + 2 * keys + (matrices - 1) * width)
+    return 2 * sum(sizes.values()) + momentum + momentum // 64 + kept + at_once

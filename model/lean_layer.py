@@ -1,6 +1,7 @@
 """One layer of lean training, forward and backward, with its optimizer steps inside the backward pass.
 
-Nothing is kept from forward to backward: the caller keeps the layer's input, and the rest is computed once more.
+Of the forward pass the caller keeps a layer's input. What else the backward pass needs is computed once more, unless
+`Kept` was asked for and is given back.
 * All windows, and all widths of a step, are in the layer together, so a matrix's gradient is complete when it is there
   at all: the matrix takes its step at once and the gradient is forgotten (gradient release, after LOMO, Lv et al. 2023,
   arXiv 2306.09782). Nothing is accumulated for later, and a step is the same as with all gradients at once.
@@ -18,6 +19,7 @@ heads, R = rows in a block, W = the same of neurons, M = tokens in a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,18 @@ ATTENDED_AT_ONCE = 1 << 18
 """Queries' values that attention sees at once; it makes a dozen temporaries of that size."""
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a layer's forward pass computes at one width and its backward pass needs again."""
+
+    middle_ND: Tensor
+    """Between attention and FFN."""
+    qkv: list[Tensor]
+    """Queries [N, I], keys and values [N, J]; the backward pass overwrites them."""
+    pre: list[Tensor]
+    """Gate, if there is one, and up: [N, neurons] before the activation. None of them: to be computed again."""
+
+
 class LeanLayer:
     """A layer of a model whose matrices are bfloat16."""
 
@@ -56,13 +70,16 @@ class LeanLayer:
         self.o_name = f"{prefix}.self_attn.o_proj.weight"
         self.ffn_names = [f"{prefix}.mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")[3 - len(self.ffn) :]]
 
-    def forward(self, x_ND: Tensor, length: int, width: int, extra_NJ: Tensor | None) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, length: int, width: int, extra_NJ: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Kept | None]:
         """[N, D] -> [N, D], for windows of `length` tokens and an FFN of `width` neurons.
 
-        `extra_NJ` is added to the values of attention.
+        `extra_NJ` is added to the values of attention. With `keep` also what spares the backward pass the same work.
         """
-        middle_ND, _ = self._attend(x_ND, length, self._kv_heads(width), extra_NJ)
-        return self._feed(middle_ND, width)
+        middle_ND, qkv = self._attend(x_ND, length, self._kv_heads(width), extra_NJ)
+        pre = [torch.empty(len(x_ND), width, dtype=self.stored) for _ in self.ffn[:-1]] if keep else []
+        return self._feed(middle_ND, width, pre), Kept(middle_ND, qkv, pre) if keep else None
 
     def backward(
         self,
@@ -71,20 +88,20 @@ class LeanLayer:
         length: int,
         widths: Sequence[int],
         extra_NJ: Tensor | None,
+        kept: list[Kept | None],
     ) -> list[Tensor]:
         """Move the layer's matrices, and take `flows` [N, D] in place from its output back to its input.
 
-        All three sequences have one entry for each width that the step trains. Returned is what flows back to the
-        values of attention, [N, J] for each width.
+        All four sequences have one entry for each width that the step trains; `kept` is emptied. Returned is what
+        flows back to the values of attention, [N, J] for each width.
         """
         attended = [
-            self._attend(x_ND, length, self._kv_heads(width), extra_NJ)
-            for x_ND, width in zip(inputs, widths, strict=True)
+            here or Kept(*self._attend(x_ND, length, self._kv_heads(width), extra_NJ), [])
+            for here, x_ND, width in zip(kept, inputs, widths, strict=True)
         ]
-        middles, projected = [middle_ND for middle_ND, _ in attended], [qkv for _, qkv in attended]
-        del attended
-        self._feed_backward(middles, flows, widths)
-        del middles
+        kept.clear()
+        projected = [here.qkv for here in attended]
+        self._feed_backward(attended, flows, widths)
         return self._attend_backward(inputs, projected, flows, length)
 
     # --- attention ---------------------------------------------------------------------------------------------------
@@ -189,30 +206,37 @@ class LeanLayer:
 
     # --- feed-forward ------------------------------------------------------------------------------------------------
 
-    def _feed(self, middle_ND: Tensor, width: int) -> Tensor:
-        """The second half: [N, D] -> [N, D]"""
+    def _feed(self, middle_ND: Tensor, width: int, kept: Sequence[Tensor]) -> Tensor:
+        """The second half: [N, D] -> [N, D]; pre-activations are also written to `kept`, if that is not empty."""
         normed_ND = normalise(self.block.post_attention_layernorm, middle_ND, self.compute)
         total_ND = middle_ND.to(torch.float32, copy=True)
-        for _, (*pre, down_WD) in self._neurons(width):
+        for neurons, (*matrices, down_WD) in self._neurons(width):
             for at in chunks(len(total_ND)):
-                _add_product(total_ND[at], self._activate([normed_ND[at] @ matrix_WD.mT for matrix_WD in pre]), down_WD)
+                pre = [normed_ND[at] @ matrix_WD.mT for matrix_WD in matrices]
+                for all_NW, part_MW in zip(kept, pre, strict=False):
+                    all_NW[at, neurons] = part_MW
+                _add_product(total_ND[at], self._activate(pre), down_WD)
         return total_ND.to(self.stored)
 
-    def _feed_backward(self, middles: Sequence[Tensor], flows: list[Tensor], widths: Sequence[int]) -> None:
+    def _feed_backward(self, attended: list[Kept], flows: list[Tensor], widths: Sequence[int]) -> None:
+        """Empties `attended`."""
         norm, optimizer, widest = self.block.post_attention_layernorm, self.optimizer, max(widths)
         directions = [optimizer.direction(name, widest) for name in self.ffn_names]
+        middles, known = [here.middle_ND for here in attended], [here.pre for here in attended]
+        attended.clear()
         normed = [normalise(norm, middle_ND, self.compute) for middle_ND in middles]
         backs = [torch.zeros(x_ND.shape) for x_ND in normed]
         rooms = [torch.empty(min(widest, ROWS_AT_ONCE), backs[0].shape[1]) for _ in directions]
         for at, weights in self._neurons(widest):
             gradients = [room_WD[: at.stop - at.start].zero_() for room_WD in rooms]
-            for x_ND, flow_ND, back_ND, width in zip(normed, flows, backs, widths, strict=True):
+            for x_ND, pre, flow_ND, back_ND, width in zip(normed, known, flows, backs, widths, strict=True):
                 if (used := min(width, at.stop) - at.start) > 0:
                     some = [w[:used] for w in weights], [g[:used] for g in gradients]
-                    self._neurons_backward(*some, x_ND, flow_ND, back_ND)
+                    here = [z_NW[:, at.start : at.start + used] for z_NW in pre]
+                    self._neurons_backward(*some, x_ND, here, flow_ND, back_ND)
             for direction, gradient_WD in zip(directions, gradients, strict=True):
                 optimizer.add_gradient(direction, at.start, gradient_WD)
-        del normed, weights, rooms, gradients, some, gradient_WD
+        del normed, known, pre, here, weights, rooms, gradients, some, gradient_WD
         for middle_ND, back_ND, flow_ND in zip(middles, backs, flows, strict=True):
             normalise_backward(norm, middle_ND, back_ND, flow_ND)
         del backs, back_ND
@@ -220,21 +244,29 @@ class LeanLayer:
             optimizer.apply(directions.pop())
 
     def _neurons_backward(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], x_ND: Tensor, flow_ND: Tensor, back_ND: Tensor
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        x_ND: Tensor,
+        pre: Sequence[Tensor],
+        flow_ND: Tensor,
+        back_ND: Tensor,
     ) -> None:
         """One block of neurons; its matrices [W, D] are gate, if there is one, up and down.
 
-        Adds to their gradients, and to `back_ND` what flows back to the block's input `x_ND`.
+        `pre` is what comes before the activation [N, W], or nothing: then it is computed. Adds to the gradients, and to
+        `back_ND` what flows back to the block's input `x_ND`.
         """
-        *pre, down_WD = weights
+        *matrices, down_WD = weights
         for at in chunks(len(x_ND)):
             x_MD, flow_MD = x_ND[at], flow_ND[at].to(self.compute)
-            leaves = [(x_MD @ matrix_WD.mT).requires_grad_() for matrix_WD in pre]
+            known = [z_NW[at].to(self.compute) for z_NW in pre] or [x_MD @ matrix_WD.mT for matrix_WD in matrices]
+            leaves = [z_MW.requires_grad_() for z_MW in known]
             with torch.enable_grad():
                 active_MW = self._activate(leaves)
                 deltas = torch.autograd.grad(pairing(active_MW, flow_MD @ down_WD.mT), leaves)
             _add_product(gradients[-1], active_MW.detach().mT, flow_MD)
-            for delta_MW, matrix_WD, gradient_WD in zip(deltas, pre, gradients[:-1], strict=True):
+            for delta_MW, matrix_WD, gradient_WD in zip(deltas, matrices, gradients[:-1], strict=True):
                 _add_product(gradient_WD, delta_MW.mT, x_MD)
                 _add_product(back_ND[at], delta_MW, matrix_WD)
 

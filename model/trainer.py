@@ -65,8 +65,9 @@ class TrainSettings:
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     """Which widths each step trains."""
 
-    checkpoint_layers: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations: less memory, a third more work."""
+    kept_layers: int | None = None
+    """Of so many of the last layers keep what the forward pass computed; of the others only their input, and compute
+    them once more in the backward pass: less memory, up to a third more work. None: lean keeps no layer, fp32 all."""
 
     precision: Precision = "fp32"
     """fp32: everything in float32; lean: bfloat16 weights, 8-bit momentum, a layer at a time (see lean.py)."""
@@ -85,8 +86,15 @@ class TrainSettings:
             raise ConfigError(
                 f"train.precision is {self.precision!r}: it must be one of {', '.join(get_args(Precision))}."
             )
+        if self.kept_layers is not None and self.kept_layers < 0:
+            raise ConfigError(f"train.kept_layers is {self.kept_layers}: it must be at least 0.")
         if self.device not in get_args(Device):
             raise ConfigError(f"train.device is {self.device!r}: it must be one of {', '.join(get_args(Device))}.")
+
+    def kept_of(self, layers: int) -> int:
+        """How many of so many layers are kept."""
+        wanted = self.kept_layers
+        return min(layers, wanted if wanted is not None else 0 if self.precision == "lean" else layers)
 
     def lr_scale(self, step: int) -> float:
         """What step number `step` multiplies both learning rates by."""
@@ -130,7 +138,9 @@ class Trainer:
         settings, lean = self.settings, self.settings.precision == "lean"
         self.model = GPT(self.config, self.tier, dtype=torch.bfloat16 if lean else torch.float32)
         self.model.init_weights(settings.seed)
-        self.model.model.checkpoint_layers = settings.checkpoint_layers
+        layers = self.config.num_hidden_layers
+        kept = settings.kept_of(layers)
+        self.model.model.recomputed_layers = layers - kept
         self.params = dict(self.model.named_parameters())
         self.optimizer: Optimizer | LeanOptimizer = (LeanOptimizer if lean else Optimizer)(
             self.params,
@@ -140,7 +150,9 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
         self._dice = Dice(device=self.device)
-        self._lean_step = LeanStep(self.model, self.optimizer) if isinstance(self.optimizer, LeanOptimizer) else None
+        self._lean_step = None
+        if isinstance(self.optimizer, LeanOptimizer):
+            self._lean_step = LeanStep(self.model, self.optimizer, kept_layers=kept)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Within it, tensors that are made without naming a device are made on this trainer's."""
@@ -264,14 +276,16 @@ def memory_bytes_needed(config: ModelConfig, tier: int, settings: TrainSettings)
     larger, the activations kept for the backward pass or the optimizer's temporaries. Counted from the code and
     corrected by measurement: within a third of the resident memory of both presets.
     """
+    d, width, layers = config.hidden_size, tier_width(config, tier), config.num_hidden_layers
+    kept_layers = settings.kept_of(layers)
     if settings.precision == "lean":
         terms = settings.objective.terms_at_most(config.tiers - tier)
-        return lean_bytes_needed(config, tier, settings.batch * config.context, terms)
-    d, width, layers = config.hidden_size, tier_width(config, tier), config.num_hidden_layers
+        return lean_bytes_needed(config, tier, settings.batch * config.context, terms, kept_layers)
     parameters, tables = parameter_count(config, tier), table_parameters(config)
     positions = settings.batch * config.context
     per_layer = 20 * d + (5 if config.gated else 3) * width
-    kept = layers * d + per_layer if settings.checkpoint_layers else layers * per_layer
+    # Layers are computed again one at a time, when those that are kept are done with.
+    kept = (layers - kept_layers) * d + max(1, kept_layers) * per_layer
     kept += 2 * config.value_embeddings * config.kv_heads * config.head_dim
     kept += 2 * d * (layers // 2) if config.skip_connections else 0
     activations = positions * (kept + 4 * config.vocab_size)

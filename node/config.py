@@ -160,6 +160,9 @@ class TrainSection(Section):
     """Step size of the inner optimizer; not set: the run's own."""
     precision: Precision | None = None
     """fp32, or lean: bfloat16 weights and a fraction of the memory; not set: lean from 100 million parameters on."""
+    kept_layers: int | None = Field(default=None, ge=0)
+    """Of so many last layers keep all that the backward pass needs, and compute the others twice: memory for time; not
+    set: all of them in fp32, none in lean."""
     device: Device = "auto"
     """cpu, cuda, or auto for a GPU if torch sees one."""
     threads: int = Field(default=1, ge=1, le=256)

@@ -92,6 +92,7 @@ def train_settings(train: TrainSection, manifest: Manifest) -> TrainSettings:
         weight_decay=optimizer.weight_decay,
         batch=train.batch,
         precision=train.precision or default_precision(ModelConfig.from_dict(dict(manifest.model))),
+        kept_layers=train.kept_layers,
         device=train.device,
         seed=manifest.seed,
     )

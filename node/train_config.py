@@ -148,8 +148,9 @@ class TrainSection(Section):
     """cpu, cuda, or auto for a GPU if torch sees one."""
     threads: int | None = Field(default=None, ge=1, le=256)
     """CPU threads; not set: torch's own choice."""
-    checkpoint_layers: bool = _TRAIN.checkpoint_layers
-    """Recompute each layer in the backward pass instead of keeping its activations: less memory, more work."""
+    kept_layers: int | None = Field(default=None, ge=0)
+    """Of so many last layers keep all that the backward pass needs, and compute the others twice: memory for time; not
+    set: all of them in fp32, none in lean."""
     check_gradients: bool = _TRAIN.check_gradients
     """Assert in every step that no gradient leaked beyond the width in use."""
     report_every_steps: int = Field(default=10, ge=1)
@@ -198,7 +199,7 @@ class TrainConfig(Root):
             device=train.device,
             total_steps=self.steps(model),
             objective=ObjectiveSettings(**self.objective.model_dump()),
-            checkpoint_layers=train.checkpoint_layers,
+            kept_layers=train.kept_layers,
             seed=train.seed,
             check_gradients=train.check_gradients,
         )

@@ -26,7 +26,7 @@ def peak_bytes():
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
 
 def train(config, tier, batch):
-    settings = TrainSettings(batch=batch, precision=sys.argv[3])
+    settings = TrainSettings(batch=batch, precision=sys.argv[3], kept_layers=int(sys.argv[4]))
     corpus = Corpus("zeros", (np.zeros(10_000, np.uint8),), ())
     trainer = Trainer(config, tier, Batches(corpus, 0, b"", config.context, batch), settings)
     trainer.step(), trainer.step()
@@ -42,10 +42,18 @@ print(estimate / (peak_bytes() - before))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    ("tier", "batch", "precision"), [(0, 1, "fp32"), (0, 4, "fp32"), (3, 4, "fp32"), (0, 4, "lean")]
+    ("tier", "batch", "precision", "kept_layers"),
+    [
+        (0, 1, "fp32", 99),
+        (0, 4, "fp32", 99),
+        (0, 4, "fp32", 0),
+        (3, 4, "fp32", 99),
+        (0, 4, "lean", 0),
+        (0, 4, "lean", 99),
+    ],
 )
-def test_the_estimate_is_within_a_factor_of_two(tier: int, batch: int, precision: str) -> None:
-    arguments = [sys.executable, "-c", MEASURE, str(tier), str(batch), precision]
+def test_the_estimate_is_within_a_factor_of_two(tier: int, batch: int, precision: str, kept_layers: int) -> None:
+    arguments = [sys.executable, "-c", MEASURE, str(tier), str(batch), precision, str(kept_layers)]
     run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=100)
     assert 0.5 < float(run.stdout) < 2
 

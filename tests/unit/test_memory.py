@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from braniac.model.config import PRESETS
+from braniac.model.config import PRESETS, Precision
+from braniac.model.errors import ConfigError as ModelConfigError
 from braniac.model.trainer import TrainSettings, memory_bytes_needed
 from braniac.node.config import Tier
 from braniac.node.errors import ConfigError, ResourceError
@@ -112,3 +113,21 @@ def test_limits_of_control_groups_are_found_where_the_process_is(tmp_path: Path)
     write("groups/memory.max", "1000\n")
     assert list(group_limits(tmp_path / "v1", tmp_path / "groups")) == [2000, 1000]
     assert list(group_limits(tmp_path / "none", tmp_path / "groups")) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "lean"])
+def test_every_layer_that_is_kept_takes_memory(precision: Precision) -> None:
+    def bytes_with(kept_layers: int | None) -> int:
+        settings = TrainSettings(precision=precision, batch=64, kept_layers=kept_layers)
+        return memory_bytes_needed(CONFIG, 0, settings)
+
+    layers = CONFIG.num_hidden_layers
+    by_count = [bytes_with(kept_layers) for kept_layers in range(layers + 1)]
+    assert by_count == sorted(by_count)
+    assert by_count[0] < by_count[-1] == bytes_with(layers + 1)
+    assert bytes_with(None) == (by_count[0] if precision == "lean" else by_count[-1])
+
+
+def test_how_many_layers_are_kept_cannot_be_negative() -> None:
+    with pytest.raises(ModelConfigError, match="kept_layers is -1"):
+        TrainSettings(kept_layers=-1)

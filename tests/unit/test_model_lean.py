@@ -67,10 +67,13 @@ def random_model(config: ModelConfig, tier: int) -> GPT:
     return model
 
 
+@pytest.mark.parametrize("kept_layers", [0, 1, 2])
 @pytest.mark.parametrize(
     ("config", "tier"), [(NANO, 0), (NANO, 2), (LLAMA, 0), (NESTED, 0), (PLAIN, 0), (RICH, 0), (RICH, 2)]
 )
-def test_its_gradients_are_those_of_autograd(config: ModelConfig, tier: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_gradients_are_those_of_autograd(
+    config: ModelConfig, tier: int, kept_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lean_layer, "ROWS_AT_ONCE", 48)
     monkeypatch.setattr(lean_layer, "TOKENS_AT_ONCE", 40)
     monkeypatch.setattr(lean_loss, "ROWS_AT_ONCE", 100)
@@ -89,7 +92,8 @@ def test_its_gradients_are_those_of_autograd(config: ModelConfig, tier: int, mon
     recorder = Recorder(
         dict(model.named_parameters()), config, learning_rate=0.1, adam_learning_rate=0.1, weight_decay=0.0
     )
-    losses = LeanStep(model, recorder, torch.float32, torch.float32).run(tokens, targets, terms, 0.5, 1.0, 0)
+    step = LeanStep(model, recorder, torch.float32, torch.float32, kept_layers)
+    losses = step.run(tokens, targets, terms, 0.5, 1.0, 0)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     assert recorder.found.keys() == expected.keys()
     for name, gradient in expected.items():

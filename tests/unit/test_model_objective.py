@@ -297,7 +297,7 @@ def test_the_pull_makes_a_difference_only_to_the_narrow() -> None:
 @pytest.mark.parametrize("kl_weight", [0.0, 0.7])
 def test_recomputing_layers_changes_nothing_in_the_gradient(kl_weight: float) -> None:
     kept, recomputed = model_of("llama"), model_of("llama")
-    recomputed.model.checkpoint_layers = True
+    recomputed.model.recomputed_layers = CONFIG.num_hidden_layers
     one, two = gradient_of(kept, TERMS, kl_weight), gradient_of(recomputed, TERMS, kl_weight)
     assert one.keys() == two.keys()
     assert all(torch.equal(gradient, two[name]) for name, gradient in one.items())

@@ -159,7 +159,7 @@ HARD = (  # as much state as possible: gains, a moving objective, decay, an odd 
     *("optimizer.weight_decay=0.1", "optimizer.warmup_steps=5", "train.seed=3"),
 )
 LEAN = "train.precision=lean"
-DRAWN = ("objective.mode=layers", "objective.subwidth_fraction=0.7", "train.tier=1", "train.checkpoint_layers=true")
+DRAWN = ("objective.mode=layers", "objective.subwidth_fraction=0.7", "train.tier=1", "train.kept_layers=1")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_another_text_is_refused(trained: Path, tmp_path: Path) -> None:
 
 def test_what_does_not_change_the_result_may_change(text: Path, trained: Path, tmp_path: Path) -> None:
     run(text, tmp_path, "train.report_every_steps=1", say=stop_at(3, signal.SIGINT))
-    sets = ("train.checkpoint_layers=true", "train.save_every_steps=5", "train.check_gradients=false")
+    sets = ("train.kept_layers=1", "train.save_every_steps=5", "train.check_gradients=false")
     moved = text.with_name("moved.txt")
     moved.write_text(TEXT)
     run(moved, tmp_path, *sets)
