@@ -15,7 +15,7 @@ from braniac.model.errors import CheckpointError, ConfigError, TrainingDiverged
 from braniac.model.evaluate import held_out_loss
 from braniac.model.fragments import fragment_table, initial_fragment
 from braniac.model.gpt import GPT
-from braniac.model.lean import LeanStep
+from braniac.model.lean import LeanStep, compute_type
 from braniac.model.lean_optim import Direction, LeanOptimizer
 from braniac.model.objective import Mode, ObjectiveSettings, Term, backward
 from braniac.model.sources import Corpus
@@ -299,3 +299,21 @@ def test_the_loss_of_a_lean_model_is_that_of_its_logits() -> None:
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     with torch.no_grad():
         assert trainer.model.loss(tokens, targets).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype"),
+    [
+        ({"architecture": "x86_64", "avx2": True}, torch.float32),
+        ({"architecture": "x86_64", "avx512_bw": True, "avx512_vnni": True, "avx512_bf16": False}, torch.float32),
+        ({"architecture": "x86_64", "avx512_bw": True, "avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"architecture": "arm64", "neon": True, "bf16": False}, torch.float32),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, torch.bfloat16),
+    ],
+)
+def test_it_multiplies_in_bfloat16_only_where_that_is_not_emulated(
+    able: dict[str, object], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert compute_type() == dtype
