@@ -239,7 +239,7 @@ class LeanLayer:
         del normed, known, pre, here, weights, rooms, gradients, some, gradient_WD
         for middle_ND, back_ND, flow_ND in zip(middles, backs, flows, strict=True):
             normalise_backward(norm, middle_ND, back_ND, flow_ND)
-        del backs, back_ND
+        del middles, middle_ND, backs, back_ND
         while directions:
             optimizer.apply(directions.pop())
 
