@@ -52,20 +52,25 @@ def course(folder: Folder) -> Iterator[tuple[str, list[list[Row]]]]:
 def draw_course(
     figure: Figure, results: Path, label: str, place: Callable[[Folder, str, Row], float], scale: str = "log"
 ) -> None:
-    """Loss of all methods against something that grows in a run."""
-    axes = figure.add_subplot()
+    """Loss of all methods against something that grows in a run, a picture for each comparison."""
     found = measured(results, "loss_bytes_course")
-    for folder in found:
-        of_run = f" ({folder.path.name})" if len(found) > 1 else ""
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height * len(found))
+    for number, folder in enumerate(found):
+        axes, reached = figure.add_subplot(len(found), 1, number + 1), []
         for method, points in course(folder):
             x = [place(folder, method, rows[0]) for rows in points]
             y = [mean(rows, "loss") for rows in points]
             ours = method.startswith("braniac")
-            axes.plot(x, y, marker="o" if ours else ".", linewidth=2.2 if ours else 1, label=method + of_run)
-    axes.set_xscale(scale)
-    axes.set_xlabel(label)
-    axes.set_ylabel("held-out loss, nats per byte")
-    explain(axes)
+            axes.plot(x, y, marker="o" if ours else ".", linewidth=2.2 if ours else 1, label=method)
+            reached += [loss for loss in y[-1:] if math.isfinite(loss)]
+        if reached:  # where all begin alike is of no interest, nor who never comes near
+            axes.set_ylim(0.98 * min(reached), min(1.05 * max(reached), 2 * min(reached)) + 0.2)
+        axes.set_title(folder.path.name, fontsize="medium")
+        axes.set_xscale(scale)
+        axes.set_xlabel(label)
+        axes.set_ylabel("held-out loss, nats per byte")
+        explain(axes)
 
 
 def measured(results: Path, kind: str) -> list[Folder]:
